@@ -701,15 +701,11 @@ def finite_float(text: str) -> float:
     return value
 
 
-class RepeatedKey(ValueError):
-    """Parsers disagree on which value of a repeated key counts."""
-
-
 def unique_pairs(pairs: list[tuple[str, Any]]) -> Json:
-    """For `json.loads`: an object; raises RepeatedKey."""
+    """For `json.loads`; raises KeyError for repeated keys: parsers disagree on which one counts."""
     obj = dict(pairs)
     if len(obj) < len(pairs):
-        raise RepeatedKey
+        raise KeyError
     return obj
 
 
@@ -736,7 +732,6 @@ JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 TOO_MANY_VALUES = f"The body holds more than {MAX_JSON_VALUES} values."
 EMBEDDED_JSON = re.compile(r"\s*+[{\[]")
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-Span = tuple[int, int]  # (start, end) of a part of a text
 
 
 def count_values(data: bytes, limit: int = MAX_JSON_VALUES) -> int:
@@ -757,7 +752,7 @@ def has_too_many_values(data: bytes | str, limit: int = MAX_JSON_VALUES) -> bool
     return marks > limit and count_values(raw, limit) > limit
 
 
-def check_values(body: Json, is_long: bool) -> None:
+def check_values(body: Json) -> None:
     """Limits the depth, and the values in strings that are parsed as JSON: arguments of calls."""
     level: list[Any] = [body]
     embedded: list[str] = []
@@ -765,7 +760,7 @@ def check_values(body: Json, is_long: bool) -> None:
         containers, level = level, []
         for container in containers:
             if isinstance(container, dict):
-                if is_long and ("arguments" in container or "input" in container):
+                if "arguments" in container or "input" in container:
                     texts = (container.get("arguments"), container.get("input"))
                     embedded += [t for t in texts if isinstance(t, str) and EMBEDDED_JSON.match(t)]
                 container = container.values()
@@ -776,10 +771,8 @@ def check_values(body: Json, is_long: bool) -> None:
             break
     else:
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
-    if sum(map(len, embedded)) <= MAX_JSON_VALUES:
-        return
-    counts = [count_values(text.encode("utf-8", "replace")) for text in embedded]
-    if sum(counts) > MAX_JSON_VALUES:
+    counts = (count_values(text.encode("utf-8", "replace")) for text in embedded)
+    if sum(map(len, embedded)) > MAX_JSON_VALUES and sum(counts) > MAX_JSON_VALUES:
         raise BodyTooLarge(TOO_MANY_VALUES)
 
 
@@ -789,38 +782,27 @@ class ReceivedBody(dict[str, Any]):
     Prompt caches depend on stable bytes, and copying takes a fraction of the time of encoding.
     """
 
-    def __init__(self, pairs: list[tuple[str, Any]], text: str, spans: dict[int, Span]) -> None:
-        super().__init__(pairs)
-        self.text = text
-        #: by `id`, of the members and of the objects in lists that are members
-        self.spans = spans
-
-    def release(self) -> None:
-        """Frees the text: nothing is copied any more."""
-        self.text, self.spans = "", {}
+    text = ""
+    #: (start, end) in `text`, by `id`: of members and of objects in lists that are members
+    spans: Mapping[int, tuple[int, int]]
 
     def dump(self, body: Json) -> bytes:
         """As `dump_json`; members and items of `body` that equal this body's are copied."""
-        if not self.spans or SURROGATE_ESCAPE.search(self.text):
+        if not body or not self.spans or SURROGATE_ESCAPE.search(self.text):
             return dump_json(body)
-        parts: list[bytes] = []
+        pieces = [b"{"]
         for key, value in body.items():
-            own = self.get(key)
-            parts += [b"," if parts else b"{", dump_json(key), b":"]
-            data = self.copied(value, own)
-            if not data and isinstance(value, list) and isinstance(own, list):
-                pairs = zip_longest(value, own[: len(value)])
-                items = [self.copied(item, own_item) or dump_json(item) for item, own_item in pairs]
-                data = b"[%b]" % b",".join(items)
-            parts.append(data or dump_json(value))
-        return b"".join([*(parts or [b"{"]), b"}"])
+            pieces += [dump_json(key), b":", self.dump_value(value, self.get(key)), b","]
+        return b"".join([*pieces[:-1], b"}"])
 
-    def copied(self, value: Any, own: Any) -> bytes:
-        """The text of `own` if it equals `value`, otherwise nothing."""
+    def dump_value(self, value: Any, own: Any) -> bytes:
         span = self.spans.get(id(own))
-        if span is None or type(value) is not type(own) or value != own:  # 1 == 1.0 == True
-            return b""
-        return self.text[slice(*span)].encode()
+        if span is not None and type(value) is type(own) and value == own:  # True equals 1
+            return self.text[slice(*span)].encode()
+        if isinstance(value, list) and isinstance(own, list):
+            pairs = zip_longest(value, own[: len(value)])
+            return b"[%b]" % b",".join([self.dump_value(*pair) for pair in pairs])
+        return dump_json(value)
 
 
 def parse_members(text: str, start: int, decoder: Any) -> tuple[ReceivedBody, int]:
@@ -829,7 +811,7 @@ def parse_members(text: str, start: int, decoder: Any) -> tuple[ReceivedBody, in
     The standard library's parsers in Python for this object and for lists that are its members,
     its scanner in C for all else.
     """
-    spans: dict[int, Span] = {}
+    spans: dict[int, tuple[int, int]] = {}
 
     def scan_item(text: str, start: int) -> tuple[Any, int]:
         value, end = decoder.scan_once(text, start)
@@ -848,7 +830,8 @@ def parse_members(text: str, start: int, decoder: Any) -> tuple[ReceivedBody, in
     pairs, end = decoder.parse_object((text, start), True, scan_member, None, list)
     if len(pairs) > MAX_JSON_KEYS:
         raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
-    body = ReceivedBody(pairs, text, spans if decoder is unique_decoder else {})
+    body = ReceivedBody(pairs)
+    body.text, body.spans = text, spans if decoder is unique_decoder else {}
     if len(body) < len(pairs):
         raise InvalidRequest("The body has a duplicate key at its top level.")
     return body, end
@@ -869,7 +852,7 @@ def load_body(data: bytes) -> ReceivedBody:
             raise InvalidRequest("The body must be a JSON object.")
         try:
             body, end = parse_members(text, start + 1, unique_decoder)
-        except RepeatedKey:
+        except KeyError:
             body, end = parse_members(text, start + 1, json_decoder)
         if text[end:].strip(JSON_WHITESPACE):
             raise json.JSONDecodeError("Extra data", text, end)
@@ -879,9 +862,8 @@ def load_body(data: bytes) -> ReceivedBody:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
-    is_long = len(data) > MAX_JSON_VALUES
-    if is_long or data.count(b"{") + data.count(b"[") > MAX_JSON_DEPTH:
-        check_values(body, is_long)
+    if len(data) > MAX_JSON_VALUES or data.count(b"{") + data.count(b"[") > MAX_JSON_DEPTH:
+        check_values(body)
     return body
 
 
@@ -916,10 +898,7 @@ def typed_field(
 
 
 def str_field(obj: Json, key: str, path: str = "") -> str | None:
-    value = obj.get(key)  # the quick way of `typed_field`: of a large request each string is read
-    if value is None or isinstance(value, str):
-        return value
-    raise wrong_type(join_path(path, key), "a string")
+    return typed_field(obj, key, path, str, "a string")
 
 
 def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> str | None:
@@ -946,15 +925,11 @@ def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
 
 
 def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
-    value = obj.get(key)
-    return value if isinstance(value, list) else typed_field(obj, key, path, list, "a list") or []
+    return typed_field(obj, key, path, list, "a list") or []
 
 
 def dict_field(obj: Json, key: str, path: str = "") -> Json:
-    value = obj.get(key)
-    return (
-        value if isinstance(value, dict) else typed_field(obj, key, path, dict, "an object") or {}
-    )
+    return typed_field(obj, key, path, dict, "an object") or {}
 
 
 def need_dict(value: Any, path: str) -> Json:
@@ -967,9 +942,9 @@ def need_str(obj: Json, key: str, path: str = "") -> str:
     value = obj.get(key)
     if isinstance(value, str):
         return value
-    if value is not None:
-        raise wrong_type(join_path(path, key), "a string")
     param = join_path(path, key)
+    if value is not None:
+        raise wrong_type(param, "a string")
     raise InvalidRequest(f"{param}: is required.", param=param)
 
 
@@ -2264,9 +2239,6 @@ class ToolCall:
     name: str
     arguments: str
 
-    def key(self) -> tuple[str, str, str]:
-        return self.id, self.name, self.arguments
-
 
 @dataclass(slots=True)
 class ToolResult:
@@ -2642,9 +2614,7 @@ def is_normalized(turns: list[Turn]) -> bool:
     call_ids: list[str] = []  # of the turn before
     used_ids: set[str] = set()
     for turn in turns:
-        if turn.role == role or turn.role not in ("user", "assistant"):
-            return False
-        if not turn.blocks:
+        if turn.role == role or turn.role not in ("user", "assistant") or not turn.blocks:
             return False
         role, earlier_ids, call_ids, result_count = turn.role, call_ids, [], 0
         for index, block in enumerate(turn.blocks):
@@ -2690,7 +2660,7 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
         seen: set[tuple[str, str, str]] = set()
         for block in turn.blocks:
             if isinstance(block, ToolCall) and is_assistant:
-                call_key = block.key()
+                call_key = (block.id, block.name, block.arguments)
                 if call_key in seen:
                     continue
                 seen.add(call_key)
@@ -6442,13 +6412,11 @@ def adapt_user_turns(draft: KiroDraft) -> None:
                     else:
                         continue
                     media.append(part)
-                if parts != block.blocks:
-                    block = ToolResult(block.id, parts, block.is_error)
+                block = ToolResult(block.id, parts, block.is_error)
             blocks.append(block)
         if turn.role == "user" and not any(isinstance(b, (Text, ToolResult)) for b in blocks):
             media.append(Text(KIRO_NO_TEXT))
-        blocks += media
-        draft.turns[index] = turn if blocks == turn.blocks else Turn(turn.role, blocks)
+        draft.turns[index] = Turn(turn.role, [*blocks, *media])
 
 
 def inline_settings(draft: KiroDraft) -> None:
@@ -6512,10 +6480,7 @@ def map_schema(schema: Any, adapt: Callable[[Json], Json]) -> Any:
 
 
 def adapt_repeated(adapt: Callable[..., Json], schema: Json, *options: Any) -> Json:
-    """`adapt(schema, *options)`, cached: clients send the same tools with every request.
-
-    The result is shared, so nothing may change it.
-    """
+    """`adapt(schema, *options)`, cached and shared: clients repeat their tools in each request."""
     packed = marshal.dumps(schema, 0)
     if len(packed) > MAX_CACHED_SCHEMA_BYTES:
         return adapt(schema, *options)
@@ -7667,9 +7632,6 @@ class NativeText(Text):
 class NativeCall(ToolCall):
     part: Json
 
-    def key(self) -> tuple[str, str, str]:
-        return self.id, self.name, dump_text(self.part.get("input"))
-
 
 @dataclass(slots=True)
 class NativeResult(ToolResult):
@@ -7708,7 +7670,7 @@ def read_native_content(content: Any, path: str) -> list[Any]:
             blocks.append(NativeText(need_str(part, "text", part_path), part))
         elif kind == "tool_use":
             call_id, name = need_str(part, "id", part_path), need_str(part, "name", part_path)
-            blocks.append(NativeCall(call_id, name, "", part))
+            blocks.append(NativeCall(call_id, name, str(part.get("input")), part))
         elif kind == "tool_result":
             inner = read_native_content(part.get("content"), f"{part_path}.content")
             inner = [block for block in inner if not is_blank(block)]
@@ -7941,8 +7903,7 @@ def limit_cache_breakpoints(draft: BodyDraft) -> None:
     if body.pop("cache_control", None) and message_parts:
         message_parts[-1].setdefault("cache_control", {"type": "ephemeral"})
     for part in message_parts:
-        if part["type"] == "tool_result":
-            candidates += parts_of([part])
+        candidates += parts_of([part] if part["type"] == "tool_result" else ())
         candidates.append(part)
     breakpoint_parts = []
     for candidate in candidates:
@@ -8011,15 +7972,6 @@ CHAT_OPENAI_ONLY = (
 CHAT_MESSAGE_KEYS = (
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text", "reasoning_opaque"
 )  # fmt: skip
-PLAIN_MESSAGE_KEYS = {"role", "content", "name", "tool_call_id"}
-
-
-def is_plain_message(message: Json) -> bool:
-    """Whether it needs no adaptation: most of a long conversation."""
-    content = message.get("content")
-    if not isinstance(content, str) or not content or content.isspace():
-        return False
-    return message.keys() <= PLAIN_MESSAGE_KEYS and None not in message.values()
 
 
 def is_openai(model: Model) -> bool:
@@ -8058,9 +8010,6 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
         if role != "tool" and tool_images:
             messages.append({"role": "user", "content": tool_images})
             tool_images = []
-        if role != "developer" and is_plain_message(message):
-            messages.append({**message})
-            continue
         adapted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
         if role == "developer" and not REASONING_GPT.match(model.id):
             adapted["role"] = "system"
@@ -10745,9 +10694,8 @@ def normalize_block(value: Any) -> Any:
 def hash_block(block: Any, salt: bytes) -> tuple[int, int]:
     """(64 bits that reveal nothing without the salt, size in bytes) of one block of a prompt.
 
-    Equal values have equal bytes in marshal's version 0, which has no references between objects;
-    it takes a third of the time of JSON, and Python's own keyed hash a fifth of that of BLAKE2
-    (measured in 2026-11).
+    Equal values have equal bytes in marshal's version 0, which has no references between objects.
+    It takes a third of the time of JSON, Python's keyed hash a fifth of BLAKE2's (in 2026-11).
     """
     data = marshal.dumps(normalize_block(block), 0)
     return hash((salt, data)) & 0xFFFF_FFFF_FFFF_FFFF, len(data)
@@ -16858,7 +16806,7 @@ class Gateway:
 
         name = request_info.model
         response = await self.first_response(request, name, routes, body_hash, attempt)
-        body.release()
+        body.text, body.spans = "", {}  # the response may take long, and nothing is sent again
         return response
 
     async def exchange(
