@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -600,3 +601,60 @@ def test_a_mangled_request_is_answered_or_refused_with_its_field(name: str, spok
             assert field in body or any(field in seed for seed in seeds), (error, body)
     assert 0 < refused < number
     assert seeds == SEEDS[name], "what the client sent was written to"
+
+
+def spellings(body: Json) -> Iterator[bytes]:
+    """One body as different clients write it."""
+    yield json.dumps(body).encode()
+    yield json.dumps(body, indent="\t", separators=(" ,", " : ")).encode()
+    yield gw.dump_json(body)
+    # The same key twice in every object but the outermost: the last one counts.
+    text = json.dumps(body).replace("{", '{"type": "repeated", ').replace("}", ', "id": "x"}')
+    outermost = text.replace('{"type": "repeated", ', "{", 1).removesuffix(', "id": "x"}') + "}"
+    yield outermost.replace(", }", "}").encode()
+
+
+@pytest.mark.parametrize("name", sorted(SEEDS))
+def test_what_is_copied_from_a_request_is_what_would_be_written(name: str) -> None:
+    copied = 0
+    coin = random.Random(name)
+    bodies = (body for body in mangled(name, random.Random(name)) if coin.random() < 0.1)
+    for number, body in enumerate([*SEEDS[name], *bodies]):
+        model = MODELS[name][number % len(MODELS[name])]
+        for data in spellings(body):
+            try:
+                received = gw.load_body(data)
+                call = gw.Call(model, name, received, gw.DIALECTS[name].request_info(received))
+                call.received = received
+                sent = gw.sanitize_body(name, call.body, model, {}, True).body
+            except gw.ApiError:
+                continue
+            written = gw.dump_json(sent)
+            dumped = call.dump(sent)
+            assert json.loads(dumped) == json.loads(written), data
+            assert repr(gw.load_body(data)) == repr(received), "the request was written to"
+            copied += dumped != written
+    assert copied > 50
+
+
+@pytest.mark.parametrize("name", sorted(SEEDS))
+def test_what_no_rule_changes_goes_up_byte_by_byte(name: str) -> None:
+    """Prompt caches depend on stable bytes; only what a rule replaces is written anew."""
+    turns = '[ {"role":"user" , "content":"caf\u00e9 \\u00e9\\/"},\n{"content":"b","role":"user"}]'
+    if name == "messages":
+        turns = '[ {"content" : [{"text":"caf\u00e9 \\u00e9\\/" , "type":"text"}],"role":"user"}]'
+    if name == "responses":
+        turns = turns.replace('"role"', '"type":"message" , "role"')
+    key = "input" if name == "responses" else "messages"
+    text = f'{{ "model":"m", "{key}" :{turns}, "max_tokens":9, "temperature":1e0}}'
+    received = gw.load_body(text.encode())
+    call = gw.Call(MODELS[name][0], name, received, gw.DIALECTS[name].request_info(received))
+    call.received = received
+    sent = gw.sanitize_body(name, received, call.model, {}, True).body
+    assert turns.encode() in call.dump(sent)
+    changed = {**sent, key: [*sent[key], {"role": "user", "content": "new"}]}
+    dumped = call.dump(changed)
+    assert turns[:-1].rpartition("{")[2].encode() in dumped
+    assert json.loads(dumped) == changed
+    lone = gw.load_body(text.replace("\\u00e9", "\\ud800").encode())
+    assert "\ufffd".encode() in lone.dump({**lone, "model": "other"})
