@@ -4440,7 +4440,8 @@ class ChatDialect(Dialect):
         if len(choices) != 1 or len(frame["choices"]) != 1 or frame.get("usage"):
             return None
         choice, delta = choices[0], get_dict(choices[0], "delta")
-        kinds = {CHAT_DELTAS.get(key) for key in delta if delta[key] and key != "role"}
+        keys = delta.keys() - {"role", *VENDOR_CHAT_FIELDS}
+        kinds = {CHAT_DELTAS.get(key) for key in keys if delta[key]}
         if len(kinds) != 1 or choice.get("finish_reason") or choice.get("logprobs"):
             return None
         kind = kinds.pop()
@@ -7053,19 +7054,19 @@ MEMBER = re.compile(
 )
 
 
-def find_members(event: bytes, text: str) -> Iterator[tuple[str, bytes, int]]:
-    """(name, value, offset) of what may differ in an event; "text" is the name of `text`."""
+def find_members(event: bytes, text: str) -> Iterator[tuple[str, str, int, int]]:
+    """(name, value, start, end) of what may differ in an event; `text` is named "text"."""
     for match in MEMBER.finditer(event):
-        key, value, number = match.groups()
-        name = key.decode()
-        if (name == "sequence_number") is not (value is None):
+        name, group = match[1].decode(), 2 if match[3] is None else 3
+        is_number = name == "sequence_number"
+        if is_number is (group == 2):
             continue
-        if name not in IGNORED_MEMBERS:
-            if json_decoder.scan_once(f'"{value.decode()}"', 0)[0] != text:
-                continue
-            name = "text"
-        group = 2 if number is None else 3
-        yield name, match[group], match.start(group)
+        value = match[group].decode()
+        value = value if is_number else json_decoder.scan_once(f'"{value}"', 0)[0]
+        if name in TEXT_MEMBERS:
+            name = "text" if value == text else ""
+        if name:
+            yield name, value, *match.span(group)
 
 
 @dataclass(slots=True)
@@ -7094,14 +7095,14 @@ class Template:
         """The template of a delta and of its output; None if it is ambiguous."""
         kind, text = delta
         constants, values, end = [], {}, 0
-        for name, value, start in find_members(event, text):
+        for name, value, start, next_end in find_members(event, text):
             if name in values:
                 return None
             values[name] = value
             constants.append(event[end:start])
-            end = start + len(value)
+            end = next_end
         output_format, output_members, output_end = b"", [], 0
-        for name, value, start in find_members(output, text):
+        for name, value, start, next_end in find_members(output, text):
             if is_numbered and name == "sequence_number":
                 name = "frame_number"
             elif name != "text" and values.get(name) != value:
@@ -7109,7 +7110,7 @@ class Template:
             output_members.append(name)
             output_format += output[output_end:start].replace(b"%", b"%%")
             output_format += b"%d" if name == "frame_number" else b"%b"
-            output_end = start + len(value)
+            output_end = next_end
         output_format += output[output_end:].replace(b"%", b"%%")
         if "text" not in values or "text" not in output_members:
             return None
