@@ -2030,11 +2030,23 @@ class EventStreamFraming:
         self.buffer = bytearray()  # an incomplete message
         self.bytes_needed = PRELUDE.size
         self.error = ""
+        self.header_block = b""  # of the last message: mostly the same again
+        self.headers: dict[str, str] = {}
 
     def complete(self, data: bytes) -> bytes:
         if self.error:
             return b""
-        events = [self.write(headers, payload) for headers, payload in self.read_messages(data)]
+        events: list[bytes] = []
+        last_headers, member, opening = None, b"", b""
+        for headers, payload in self.read_messages(data):
+            if headers is not last_headers:
+                is_event = headers.get(":message-type", "event") == "event"
+                member = union_member(headers.get(":event-type", "")) if is_event else b""
+                last_headers, opening = headers, b'data: {"%b":' % member
+            if member in payload or b"\n" in payload or not payload:
+                events.append(self.write(headers, payload))
+            else:
+                events += (opening, payload, b"}\n\n")
         if self.error:
             message = f"The upstream's response is malformed: {self.error}."
             events.append(write_sse({"error": {"code": "WireError", "message": message}}))
@@ -2050,40 +2062,36 @@ class EventStreamFraming:
                 return []
             data = bytes(self.buffer)
             self.buffer.clear()
+            self.bytes_needed = PRELUDE.size
         messages: list[EventMessage] = []
-        offset = 0
+        start, length, crc32 = 0, len(data), zlib.crc32
         try:
-            while len(data) - offset >= PRELUDE.size:
-                self.bytes_needed, message = self.read_message(data, offset)
-                if message is None:
+            while length - start >= PRELUDE.size:
+                size, headers_size, checksum = PRELUDE.unpack_from(data, start)
+                if crc32(data[start : start + 8]) != checksum:
+                    raise WireError("an event has a wrong prelude checksum")
+                if not MESSAGE_OVERHEAD <= size <= MAX_EVENT_MESSAGE_BYTES:
+                    raise WireError("an event has an impossible length")
+                if headers_size > size - MESSAGE_OVERHEAD or headers_size > MAX_EVENT_HEADERS_BYTES:
+                    raise WireError("an event's headers are too long")
+                end = start + size - 4
+                if end + 4 > length:
+                    self.bytes_needed = size
                     break
-                messages.append(message)
-                offset += self.bytes_needed
-                self.bytes_needed = PRELUDE.size
+                message = data[start + 8 : end]  # without the numbers that `checksum` is of
+                if crc32(message, checksum) != int.from_bytes(data[end : end + 4], "big"):
+                    raise WireError("an event has a wrong checksum")
+                header_block = message[4 : 4 + headers_size]
+                if header_block != self.header_block or not self.headers:
+                    self.headers = parse_event_headers(header_block)
+                    self.header_block = header_block
+                messages.append((self.headers, message[4 + headers_size :]))
+                start = end + 4
         except WireError as error:
             self.error = str(error)
         else:
-            self.buffer += data[offset:]
+            self.buffer += data[start:]
         return messages
-
-    @staticmethod
-    def read_message(data: bytes, offset: int) -> tuple[int, EventMessage | None]:
-        """The size of the message at `offset`, and the message if it is complete."""
-        size, headers_size, checksum = PRELUDE.unpack_from(data, offset)
-        if zlib.crc32(data[offset : offset + 8]) != checksum:
-            raise WireError("an event has a wrong prelude checksum")
-        if not MESSAGE_OVERHEAD <= size <= MAX_EVENT_MESSAGE_BYTES:
-            raise WireError("an event has an impossible length")
-        if headers_size > size - MESSAGE_OVERHEAD or headers_size > MAX_EVENT_HEADERS_BYTES:
-            raise WireError("an event's headers are too long")
-        message = data[offset : offset + size]
-        if len(message) < size:
-            return size, None
-        if zlib.crc32(message[:-4]) != int.from_bytes(message[-4:], "big"):
-            raise WireError("an event has a wrong checksum")
-        payload_start = PRELUDE.size + headers_size
-        headers = parse_event_headers(message[PRELUDE.size : payload_start])
-        return size, (headers, message[payload_start:-4])
 
     def write(self, headers: dict[str, str], payload: bytes) -> bytes:
         kind = headers.get(":message-type", "event")
@@ -2429,6 +2437,9 @@ class RunawayGuard:
         self.tail = ""  # trailing line breaks and tabs so far
 
     def check(self, text: str) -> None:
+        if text.isprintable() and not text.isspace():
+            self.tail = ""  # no line break, as usual
+            return
         text = self.tail + text.replace(" ", "")
         if RUNAWAY.search(text):
             raise UpstreamError("The model got stuck inside a tool call.")
@@ -2934,6 +2945,9 @@ class ResponseContext:
     secrets: Callable[[], Iterable[str]] = tuple  #: tokens that no error message may show
 
 
+Delta = tuple[str, str]  # (text, thinking, arguments, input or refusal; what is appended to it)
+
+
 class Framing(Protocol):
     """Upstream bytes -> server-sent events -> frames.  All methods raise UpstreamError.
 
@@ -2952,19 +2966,26 @@ class Reader(Protocol):
 
     def read(self, frame: Json) -> list[Event]: ...
     def end(self) -> list[Event]: ...
+    def track(self, kind: str, text: str) -> None:
+        """Keeps the text of deltas that were copied, and so were not read."""
+        return
 
 
 class Writer(Protocol):
     """Events in, frames of a dialect out."""
 
     def write(self, event: Event) -> list[Json]: ...
+    def track(self, kind: str, text: str) -> None:
+        """Keeps the text of deltas that were copied, and so were not written."""
+        return
 
 
 class Relay(Protocol):
     """Native frames in, native frames out: repaired, and read for their usage.
 
     `repair` raises ApiError if the frame is an error; `end` returns the frames that close the
-    response, and raises UpstreamError if it was incomplete.
+    response, and raises UpstreamError if it was incomplete.  `track` takes the text of deltas that
+    were copied; it raises UpstreamError, and changes nothing, if they must not be.
     """
 
     usage: Usage
@@ -2974,13 +2995,15 @@ class Relay(Protocol):
     def finished(self) -> bool: ...
     def repair(self, frame: Json) -> list[Json]: ...
     def end(self) -> list[Json]: ...
+    def track(self, kind: str, text: str) -> None: ...
 
 
 class UpstreamDialect(Protocol):
     """The half of a dialect that writes requests to an upstream and reads its responses.
 
     `write_request` returns the body of a streaming request; `expand`, the frames equivalent to a
-    non-streaming response; `join_texts`, the text of a frame that is only a text delta.
+    non-streaming response; `read_delta`, (kind, text) of a frame that only extends a text, thinking
+    or arguments.
     """
 
     name: str
@@ -2988,7 +3011,7 @@ class UpstreamDialect(Protocol):
     def write_request(self, chat: Conversation, model: Model) -> Json: ...
     def reader(self, context: ResponseContext) -> Reader: ...
     def expand(self, response: Json) -> list[Json]: ...
-    def delta_text(self, frame: Json) -> str | None: ...
+    def read_delta(self, frame: Json) -> Delta | None: ...
     def framing(self) -> Framing:
         return SseReader()
 
@@ -3551,6 +3574,10 @@ class StreamedCall:
     is_object: bool = False  #: whether these were a JSON object
     failed_parses: int = 0
 
+    def add(self, text: str) -> None:
+        self.pieces.append(text)
+        self.is_blank = self.is_blank and text.isspace()
+
     def is_object_complete(self) -> bool:
         """Whether the arguments are a complete JSON object."""
         if self.parsed_count != len(self.pieces):
@@ -3620,8 +3647,7 @@ class BlockAssembler:
             call.name = name
             self.unopened.append(call)
         if text:
-            call.pieces.append(text)
-            call.is_blank = call.is_blank and text.isspace()
+            call.add(text)
         if call is self.call and not is_last:
             self.send_arguments(call)
             return
@@ -3654,6 +3680,14 @@ class BlockAssembler:
             text = "".join(call.pieces[call.sent_count :])
             call.sent_count = len(call.pieces)
             self.events.append(BlockDelta("arguments", text))
+
+    def track(self, kind: str, text: str) -> None:
+        """Keeps the text of copied deltas of the live block."""
+        if kind == "thinking":
+            self.thinking.append(text)
+        elif kind == "arguments" and self.call is not None:
+            self.call.add(text)
+            self.call.sent_count = len(self.call.pieces)
 
     def open(self, kind: str, call: StreamedCall | None = None) -> None:
         self.close()
@@ -3702,6 +3736,9 @@ CHAT_FINISH_REASONS = {
 REASONING_FIELDS = ("reasoning_text", "reasoning_content", "reasoning", "cot_summary")
 # Prefix of a chat upstream's signature while an Anthropic client carries it.
 CHAT_ENVELOPE = "gw1.c."
+# Key of a delta -> kind of what it extends.
+CHAT_DELTAS = {"content": "text", "refusal": "refusal", "tool_calls": "arguments"}
+CHAT_DELTAS |= dict.fromkeys(REASONING_FIELDS, "thinking")
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 # What a conversion reads, ignores or refuses; other fields are reported as dropped.
 CHAT_FIELDS = (
@@ -4064,6 +4101,11 @@ class ChatReader:
         if finish_reason and self.finish_reason != "tool_calls":
             self.finish_reason = finish_reason
 
+    def track(self, kind: str, text: str) -> None:
+        self.blocks.track(kind, text)
+        if kind == "thinking":
+            self.reasoning.append(text)
+
     def end(self) -> list[Event]:
         blocks, calls = self.blocks, self.blocks.calls.values()
         if not self.finish_reason or not self.started:
@@ -4108,7 +4150,7 @@ def chunk_choice(delta: Json, finish_reason: str | None = None, index: int = 0) 
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-class ChatWriter:
+class ChatWriter(Writer):
     #: block kind -> field of the delta
     FIELDS: ClassVar = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
@@ -4226,6 +4268,7 @@ class ChatRelay:
     call_indexes: dict[tuple[int, int], int] = field(default_factory=dict)
     call_ids: list[str] = field(default_factory=list)
     guards: list[RunawayGuard] = field(default_factory=list)  #: per call
+    guard: RunawayGuard = field(default_factory=RunawayGuard)  #: of the call that grew last
     usage_frame: Json | None = None
     reasoning: list[str] = field(default_factory=list)
     opaque: str = ""
@@ -4274,7 +4317,9 @@ class ChatRelay:
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
-            self.reasoning.append(delta["reasoning_text"])
+        reasoning = get_reasoning(delta)
+        if reasoning:
+            self.reasoning.append(reasoning)
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
         if isinstance(delta.get("tool_calls"), list):
@@ -4303,7 +4348,8 @@ class ChatRelay:
         is_first = index == len(self.guards)
         if is_first:
             self.guards.append(RunawayGuard())
-        self.guards[index].check(str(arguments))
+        self.guard = self.guards[index]
+        self.guard.check(str(arguments))
         if not is_first:
             return {"index": index, "function": {"arguments": arguments}}
         name = str(function.get("name") or "")
@@ -4313,6 +4359,14 @@ class ChatRelay:
         first_fields = {"index": index, "id": call_id, "type": "function", "function": function}
         extra = {key: value for key, value in call.items() if key not in first_fields}
         return {**extra, **first_fields}
+
+    def track(self, kind: str, text: str) -> None:
+        if kind == "arguments":
+            self.guard.check(text)
+        elif kind == "thinking":
+            self.reasoning.append(text)
+        elif kind == "text":
+            self.output_estimate += estimate_text(text)
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -4399,13 +4453,21 @@ class ChatDialect(Dialect):
         ]
         return [{**response, "choices": choices}]
 
-    def delta_text(self, frame: Json) -> str | None:
+    def read_delta(self, frame: Json) -> Delta | None:
         choices = get_dicts(frame, "choices")
-        delta = get_dict(choices[0], "delta") if len(choices) == 1 else {}
-        if list(delta) != ["content"] or len(frame["choices"]) != 1 or frame.get("usage"):
+        if len(choices) != 1 or len(frame["choices"]) != 1 or frame.get("usage"):
             return None
-        has_more = any(choices[0].get(key) for key in ("finish_reason", "index", "logprobs"))
-        return delta["content"] if isinstance(delta["content"], str) and not has_more else None
+        choice, delta = choices[0], get_dict(choices[0], "delta")
+        kinds = {CHAT_DELTAS.get(key) for key in delta if delta[key] and key != "role"}
+        if len(kinds) != 1 or choice.get("finish_reason") or choice.get("logprobs"):
+            return None
+        kind = kinds.pop()
+        text = get_text(delta, "content") or get_text(delta, "refusal") or get_reasoning(delta)
+        if kind == "arguments" and len(calls := get_dicts(delta, "tool_calls")) == 1:
+            function = get_dict(calls[0], "function")
+            is_first = calls[0].get("id") or function.get("name")
+            text = "" if is_first else get_text(function, "arguments")
+        return (kind, text) if kind and text else None
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         return {"error": write_openai_error(error)}
@@ -4685,7 +4747,7 @@ FROM_DELTA = {
 }
 
 
-class MessagesReader:
+class MessagesReader(Reader):
     def __init__(self, context: ResponseContext) -> None:
         self.usage = Usage()
         self.message_stop: MessageStop | None = None
@@ -4753,7 +4815,7 @@ EMPTY_MESSAGE: Json = {
 }  # fmt: skip
 
 
-class MessagesWriter:
+class MessagesWriter(Writer):
     """Events -> Anthropic stream events.
 
     Encrypted reasoning is sent only to clients that enabled thinking: others take `content[0]` for
@@ -4929,6 +4991,11 @@ class MessagesRelay:
             text = content.get("text") or content.get("thinking") or arguments
             self.output_estimate += estimate_text(str(text))
 
+    def track(self, kind: str, text: str) -> None:
+        if kind == "arguments":
+            self.guard.check(text)
+        self.output_estimate += estimate_text(text)
+
     def end(self) -> list[Json]:
         if self.finished:
             return []
@@ -5043,11 +5110,13 @@ class MessagesDialect(Dialect):
             last["copilot_usage"] = response["copilot_usage"]
         return [*frames, last, {"type": "message_stop"}]
 
-    def delta_text(self, frame: Json) -> str | None:
-        delta = frame.get("delta")
-        if not isinstance(delta, dict) or list(delta) != ["type", "text"]:
+    def read_delta(self, frame: Json) -> Delta | None:
+        delta = get_dict(frame, "delta")
+        part, key = FROM_DELTA.get(get_text(delta, "type"), ("signature", ""))
+        if part == "signature" or delta.keys() != {"type", key}:
             return None
-        return delta["text"] if isinstance(delta["text"], str) else None
+        kind, text = "thinking" if key == "thinking" else part, get_text(delta, key)
+        return (kind, text) if text else None
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         payload = {"type": ERROR_NAMES[error.kind][2], "message": error.text()}
@@ -5543,6 +5612,8 @@ ITEM_DELTAS = {
     "response.refusal.delta": "refusal", "response.reasoning_summary_text.delta": "thinking",
     "response.function_call_arguments.delta": "tool",
 }  # fmt: skip
+CALL_DELTAS = {"response.custom_tool_call_input.delta": "input"}
+CALL_DELTAS["response.function_call_arguments.delta"] = "arguments"
 
 
 @dataclass(slots=True)
@@ -5676,6 +5747,9 @@ class ResponsesReader:
                 break
             self.current_index += 1
         return events
+
+    def track(self, kind: str, text: str) -> None:
+        self.items[self.current_index].pieces.append(text)
 
     def read_end(self, kind: str, frame: Json) -> list[Event]:
         """The terminal frame: items that were never streamed, usage, finish."""
@@ -5894,6 +5968,9 @@ class ResponsesWriter:
             frames.insert(0, self.frame("reasoning_summary_part.added", summary_index=0, part=part))
         return frames
 
+    def track(self, kind: str, text: str) -> None:
+        self.pieces.append(text)
+
     def complete_item(self, text: str) -> None:
         item, kind = self.item, self.item["type"]
         if kind == "reasoning":
@@ -5947,6 +6024,7 @@ class ResponsesRelay:
         self.summary_streamed: set[int] = set()  # reasoning items
         self.done_items: dict[int, Json] = {}  # complete items
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
+        self.guard = RunawayGuard()  # of the item that grew last
         self.started = False
 
     def repair(self, frame: Json) -> list[Json]:
@@ -5985,7 +6063,8 @@ class ResponsesRelay:
         elif "item_id" in frame:
             self.rename(frame, "item_id", index)
         if kind == "response.function_call_arguments.delta":
-            self.guards[index].check(get_text(frame, "delta"))
+            self.guard = self.guards[index]
+            self.guard.check(get_text(frame, "delta"))
         elif kind == "response.reasoning_summary_part.added":
             self.summary_streamed.add(index)
         elif kind == "response.output_item.done" and isinstance(item, dict):
@@ -5993,6 +6072,11 @@ class ResponsesRelay:
             if item.get("type") == "reasoning" and index not in self.summary_streamed:
                 return expand_item(index, item)[1:-1]
         return []
+
+    def track(self, kind: str, text: str) -> None:
+        if kind == "arguments":
+            self.guard.check(text)
+        self.output_estimate += estimate_text(text)
 
     def rename(self, holder: Json, id_key: str, index: int) -> None:
         """Sets the stable id of the item at `index`, and the client's tool names."""
@@ -6076,9 +6160,12 @@ class ResponsesDialect(Dialect):
         kind = kind if kind in RESPONSES_ENDS else "response.completed"
         return [*frames, {"type": kind, "response": response}]
 
-    def delta_text(self, frame: Json) -> str | None:
-        """None: frames are numbered, so no two share a template."""
-        return None
+    def read_delta(self, frame: Json) -> Delta | None:
+        name, text = get_text(frame, "type"), get_text(frame, "delta")
+        kind = CALL_DELTAS.get(name) or ITEM_DELTAS.get(name)
+        return (
+            (kind, text) if kind and text and isinstance(frame.get("output_index"), int) else None
+        )
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         """As for chat, but a missing sign-in is a client error, so that it is not retried."""
@@ -6754,6 +6841,9 @@ class KiroReader:
         arguments = piece if isinstance(piece, str) else ""
         self.blocks.add_call(call_id, call_id, name, arguments, payload.get("stop") is True)
 
+    def track(self, kind: str, text: str) -> None:
+        self.blocks.track(kind, text)
+
     def on_context_usage(self, payload: Json) -> None:
         self.context_used = get_float(payload, "contextUsagePercentage", 1000) or self.context_used
         self.report_usage()
@@ -6854,6 +6944,14 @@ KIRO_CONTENT_EVENTS = {
 }
 
 
+# Event -> (kind of what it extends, key of the text, keys that may stand beside it).
+KIRO_DELTAS = {
+    "assistantResponseEvent": ("text", "content", {"modelId"}),
+    "reasoningContentEvent": ("thinking", "text", set[str]()),
+    "toolUseEvent": ("arguments", "input", {"name", "toolUseId"}),
+}
+
+
 class KiroDialect(UpstreamDialect):
     name = "kiro"
     framing = EventStreamFraming
@@ -6864,10 +6962,12 @@ class KiroDialect(UpstreamDialect):
         """Kiro always streams: a JSON object is an error."""
         return [{"error": response}]
 
-    def delta_text(self, frame: Json) -> str | None:
-        payload = get_dict(frame, "assistantResponseEvent")
-        is_plain = payload.keys() <= {"content", "modelId"}
-        return get_text(payload, "content") or None if is_plain else None
+    def read_delta(self, frame: Json) -> Delta | None:
+        name = next(iter(frame), "")
+        kind, key, others = KIRO_DELTAS.get(name, ("", "", set()))
+        payload = get_dict(frame, name)
+        text = get_text(payload, key) if payload.keys() <= {key, *others} else ""
+        return (kind, text) if text else None
 
 
 KIRO = KiroDialect()
@@ -6903,6 +7003,13 @@ class Converter:
         if not self.finished:
             raise UpstreamError(TRUNCATED_RESPONSE)
         return frames
+
+    def track(self, kind: str, text: str) -> None:
+        if kind == "arguments":
+            self.guard.check(text)
+        self.output_estimate += estimate_text(text)
+        self.reader.track(kind, text)
+        self.writer.track(kind, text)
 
     def write(self, events: list[Event]) -> list[Json]:
         frames = []
@@ -6946,51 +7053,140 @@ class Converter:
 
 # The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair need
 # checking.  Possessive, so that a mismatch is found in linear time.
-UNESCAPED_TEXT = re.compile(
-    rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
+JSON_TEXT = rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
+UNESCAPED_TEXT = re.compile(JSON_TEXT)
+JSON_NUMBER = rb"(?:0|[1-9][0-9]{0,15})(?![\w.+-])"
+NUMBERS = re.compile(b"%b(?:,%b)*+" % (JSON_NUMBER, JSON_NUMBER))
+# What may differ between the deltas of a block: their text, under one of these keys, and members
+# without meaning for a conversion: numbers, ids that change (Copilot), random padding (OpenAI).
+IGNORED_MEMBERS = ("sequence_number", "item_id", "obfuscation", "padding")
+TEXT_MEMBERS = (
+    *REASONING_FIELDS, "arguments", "content", "delta", "input", "partial_json", "refusal", "text",
+    "thinking",
+)  # fmt: skip
+# Text cannot contain a key between unescaped quotes.
+MEMBER = re.compile(
+    b'"(%b)": ?(?:"(%b)"|(%b))'
+    % ("|".join(IGNORED_MEMBERS + TEXT_MEMBERS).encode(), JSON_TEXT, JSON_NUMBER)
 )
 
 
-class Template(NamedTuple):
-    """The bytes around the text that all text deltas of one block share, in and out.
+def find_members(event: bytes, text: str) -> Iterator[tuple[str, bytes, int]]:
+    """(name, value, offset) of what may differ in an event; "text" is the name of `text`."""
+    for match in MEMBER.finditer(event):
+        key, value, number = match.groups()
+        name = key.decode()
+        if (name == "sequence_number") is not (value is None):
+            continue
+        if name not in IGNORED_MEMBERS:
+            if json_decoder.scan_once(f'"{value.decode()}"', 0)[0] != text:
+                continue
+            name = "text"
+        group = 2 if number is None else 3
+        yield name, match[group], match.start(group)
+
+
+@dataclass(slots=True)
+class Template:
+    """The bytes that all deltas of one block share, in and out, around the members that differ.
 
     Text between the quotes of two JSON strings can be copied as it is, escapes included: matching
     deltas need no parsing, no events and no encoding.
     """
 
-    before: bytes
-    after: bytes
-    out_before: bytes
-    out_after: bytes
+    kind: str
+    prefix: bytes  #: of an event, before its first member
+    suffix: bytes
+    inner: list[bytes]  #: between its members
+    members: list[str]
+    event_format: bytes
+    output_format: bytes
+    output_members: list[str]  #: "frame_number" is counted
+    separator: bytes = field(init=False)  #: between the last member of an event and the next event
+
+    def __post_init__(self) -> None:
+        self.separator = self.suffix + self.prefix
 
     @classmethod
-    def build(cls, block: bytes, output: bytes, text: str) -> Template | None:
+    def build(cls, event: bytes, output: bytes, delta: Delta, is_numbered: bool) -> Template | None:
         """The template of a delta and of its output; None if it is ambiguous."""
-        quoted = dump_json(text)
-        parts, out_parts = block.split(quoted), output.split(quoted)
-        if len(parts) != 2 or len(out_parts) != 2:
+        kind, text = delta
+        constants, values, end = [], {}, 0
+        for name, value, start in find_members(event, text):
+            if name in values:
+                return None
+            values[name] = value
+            constants.append(event[end:start])
+            end = start + len(value)
+        output_format, output_members, output_end = b"", [], 0
+        for name, value, start in find_members(output, text):
+            if is_numbered and name == "sequence_number":
+                name = "frame_number"
+            elif name != "text" and values.get(name) != value:
+                continue  # rewritten, always to the same
+            output_members.append(name)
+            output_format += output[output_end:start].replace(b"%", b"%%")
+            output_format += b"%d" if name == "frame_number" else b"%b"
+            output_end = start + len(value)
+        output_format += output[output_end:].replace(b"%", b"%%")
+        if "text" not in values or "text" not in output_members:
             return None
-        return cls(parts[0] + b'"', b'"' + parts[1], out_parts[0] + b'"', b'"' + out_parts[1])
+        prefix, *inner, suffix = [*constants, event[end:]]
+        event_format = b"%b".join(part.replace(b"%", b"%%") for part in (prefix, *inner, suffix))
+        members = [*values]
+        return cls(
+            kind, prefix, suffix, inner, members, event_format, output_format, output_members
+        )
 
-    def copy(self, blocks: bytes) -> tuple[bytes, float] | None:
-        """(the output for complete events, tokens in their texts); None if one does not match."""
-        before, after, out_before, out_after = self
-        if not (blocks.startswith(before) and blocks.endswith(after)):
+    def copy(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
+        """Copies the deltas at the beginning of complete events; None if one does not match.
+
+        Returns (their size in bytes, their number, their text, the output).
+        """
+        prefix, suffix = self.prefix, self.suffix
+        end = blocks.rfind(suffix)
+        if end < len(prefix) or not blocks.startswith(prefix):
             return None
-        texts = blocks[len(before) : len(blocks) - len(after)].split(after + before)
-        # The blank between texts makes an escape that is split across two of them invalid.
-        joined = b" ".join(texts)
-        if not UNESCAPED_TEXT.fullmatch(joined) or b"" in texts:
+        inside, size = blocks[len(prefix) : end], end + len(suffix)
+        columns: dict[str, Any] = {}
+        if self.inner:
+            inside = inside.replace(self.separator, b"\n")
+            for constant in self.inner:
+                inside = inside.replace(constant, b"\n")
+            values = inside.split(b"\n")
+            columns = self.split_members(values, blocks[:size])
+            texts = columns.get("text", [b""])
+        else:
+            values = texts = inside.split(self.separator)
+        # The blank between values makes an escape that is split across two of them invalid.
+        joined = b" ".join(values)
+        if b"" in texts or not UNESCAPED_TEXT.fullmatch(joined):
             return None
         try:
             text = joined.decode()
         except UnicodeDecodeError:
             return None
+        count = len(texts)
+        if len(values) > 1:
+            text = b"".join(texts).decode()
         if "\\" in text:
-            text = json_decoder.decode(f'"{text}"')
-        blank_tokens = (len(texts) - 1) * CLAUDE_PRICES[32] / 64
-        output = out_before + (out_after + out_before).join(texts) + out_after
-        return output, estimate_text(text) - blank_tokens
+            text = json_decoder.scan_once(f'"{text}"', 0)[0]
+        values = texts
+        if len(self.output_members) > 1:
+            columns |= {"text": texts, "frame_number": range(frame_number, frame_number + count)}
+            rows = zip(*[columns[name] for name in self.output_members], strict=True)
+            values = [value for row in rows for value in row]
+        return size, count, text, self.output_format * count % tuple(values)
+
+    def split_members(self, values: list[bytes], events: bytes) -> dict[str, Any]:
+        """The values of events by name, in columns; empty if these are other events."""
+        width = len(self.members)
+        count = len(values) // width
+        if len(values) % width or self.event_format * count % tuple(values) != events:
+            return {}
+        columns = {name: values[index::width] for index, name in enumerate(self.members)}
+        numbers = columns.get("sequence_number")
+        return {} if numbers and not NUMBERS.fullmatch(b",".join(numbers)) else columns
 
 
 @dataclass(slots=True)
@@ -7014,7 +7210,7 @@ class StreamTranslator:
     collected_bytes: int = 0  #: upstream bytes that `frames` were parsed from
     #: matching deltas need no parsing; nothing else may change the response meanwhile
     template: Template | None = None
-    last_frame: Json | None = None  #: what the last frame became, if that was one frame
+    last_frame: Json = field(default_factory=dict)  #: what the last frame became, if it is one
     output: list[bytes] = field(default_factory=list)  #: not yet returned
     has_output: bool = False  #: a byte was sent, so an error can only be a frame
     frame_count: int = 0  #: frames sent
@@ -7060,11 +7256,9 @@ class StreamTranslator:
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
             while blocks and not self.is_finished:
-                copied = self.template.copy(blocks) if self.template else None
-                if copied:
-                    self.output.append(copied[0])
-                    self.relay.output_estimate += copied[1]
-                    break
+                if self.template and (copied_size := self.copy_deltas(self.template, blocks)):
+                    blocks = blocks[copied_size:]
+                    continue
                 # Parses a few, retries with the template they gave, then parses twice as many.
                 parts = blocks.split(b"\n\n", step)
                 remaining = parts[step] if len(parts) > step else b""
@@ -7075,16 +7269,32 @@ class StreamTranslator:
             self.fail(error)
         return self.take_output()
 
+    def copy_deltas(self, template: Template, blocks: bytes) -> int:
+        """Copies the deltas that the events begin with; returns their size in bytes."""
+        copied = template.copy(blocks, self.frame_count)
+        if copied is None:
+            return 0
+        size, count, text, output = copied
+        try:
+            self.relay.track(template.kind, text)
+        except UpstreamError:
+            return 0  # parsed instead, so that the deltas before the error are sent
+        self.output.append(output)
+        self.frame_count += count
+        return size
+
     def feed_events(self, blocks: bytes) -> None:
         """Parses and relays complete events; the last one may give a new template."""
         self.template = None
         frames = self.framing.frames(blocks)
-        text = self.upstream.delta_text(frames[-1]) if frames and self.may_copy else None
+        delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
         self.relay_frames(frames)
-        frame = self.last_frame
-        if text and frame and not self.is_finished and self.client.delta_text(frame) == text:
-            block = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            self.template = Template.build(block, self.client.encode(frame), text)
+        # The first frame of a stream has fields of its own.
+        is_repeatable = self.frame_count > 1 and not self.is_finished
+        if delta and is_repeatable and self.client.read_delta(self.last_frame) == delta:
+            event = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
+            is_numbered = self.client.is_numbered
+            self.template = Template.build(event, self.output[-1], delta, is_numbered)
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
@@ -7117,7 +7327,7 @@ class StreamTranslator:
             if self.relay.finished:
                 break  # nothing may follow the end
             repaired = self.relay.repair(frame)
-            self.last_frame = repaired[0] if len(repaired) == 1 else None
+            self.last_frame = repaired[0] if len(repaired) == 1 else {}
             self.send(repaired)
 
     def send(self, frames: list[Json]) -> None:
