@@ -254,7 +254,7 @@ MAX_LOG_LINE = 16_000  # characters; of a traceback, too
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error response; more is not read
 ERROR_BODY_SECONDS = 5.0  # for all of it, as a byte now and then is no silence
 MAX_COLLECTED_BYTES = 64 * MIB  # of an upstream's stream, for a caller that wants no stream
-FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
+FIRST_PARSED_EVENTS = 2  # of a read, before its plain deltas are copied
 # One server-sent event, as images come as one frame, or a non-streaming response.
 MAX_FRAME_BYTES = 16 * MIB
 MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
@@ -4455,7 +4455,7 @@ class ChatDialect(Dialect):
 
     def read_delta(self, frame: Json) -> Delta | None:
         choices = get_dicts(frame, "choices")
-        if len(choices) != 1 or len(frame["choices"]) != 1 or frame.get("usage"):
+        if len(choices) != 1 or len(frame["choices"]) != 1:
             return None
         choice, delta = choices[0], get_dict(choices[0], "delta")
         kinds = {CHAT_DELTAS.get(key) for key in delta if delta[key] and key != "role"}
@@ -7059,7 +7059,8 @@ JSON_NUMBER = rb"(?:0|[1-9][0-9]{0,15})(?![\w.+-])"
 NUMBERS = re.compile(b"%b(?:,%b)*+" % (JSON_NUMBER, JSON_NUMBER))
 # What may differ between the deltas of a block: their text, under one of these keys, and members
 # without meaning for a conversion: numbers, ids that change (Copilot), random padding (OpenAI).
-IGNORED_MEMBERS = ("sequence_number", "item_id", "obfuscation", "padding")
+NUMBER_MEMBERS = ("sequence_number", "check_offset", "start_offset", "end_offset")
+IGNORED_MEMBERS = (*NUMBER_MEMBERS, "item_id", "obfuscation", "padding")
 TEXT_MEMBERS = (
     *REASONING_FIELDS, "arguments", "content", "delta", "input", "partial_json", "refusal", "text",
     "thinking",
@@ -7076,7 +7077,7 @@ def find_members(event: bytes, text: str) -> Iterator[tuple[str, bytes, int]]:
     for match in MEMBER.finditer(event):
         key, value, number = match.groups()
         name = key.decode()
-        if (name == "sequence_number") is not (value is None):
+        if (name in NUMBER_MEMBERS) is not (value is None):
             continue
         if name not in IGNORED_MEMBERS:
             if json_decoder.scan_once(f'"{value.decode()}"', 0)[0] != text:
@@ -7086,12 +7087,17 @@ def find_members(event: bytes, text: str) -> Iterator[tuple[str, bytes, int]]:
         yield name, match[group], match.start(group)
 
 
+def unescape_text(text: bytes) -> bytes:
+    """The inside of a JSON string as the encoder writes it, which escapes only what it must."""
+    return dump_json(json_decoder.scan_once(f'"{text.decode()}"', 0)[0])[1:-1]
+
+
 @dataclass(slots=True)
 class Template:
     """The bytes that all deltas of one block share, in and out, around the members that differ.
 
-    Text between the quotes of two JSON strings can be copied as it is, escapes included: matching
-    deltas need no parsing, no events and no encoding.
+    Text between the quotes of two JSON strings can be copied: matching deltas need no parsing, no
+    events and no encoding.
     """
 
     kind: str
@@ -7139,10 +7145,27 @@ class Template:
         )
 
     def copy(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
-        """Copies the deltas at the beginning of complete events; None if one does not match.
+        """Copies the deltas at the beginning of complete events; None if the first is another.
 
         Returns (their size in bytes, their number, their text, the output).
         """
+        copied = self.copy_run(blocks, frame_number)
+        if copied is None and blocks.startswith(self.prefix):
+            run = self.leading_events(blocks)
+            copied = self.copy_run(run, frame_number) if len(run) < len(blocks) else None
+        return copied
+
+    def leading_events(self, blocks: bytes) -> bytes:
+        """The events up to the first that is not like the others around its members."""
+        size, suffix = 0, self.suffix[:-2]
+        for event in blocks.split(b"\n\n"):
+            if not event.startswith(self.prefix) or not event.endswith(suffix):
+                break
+            size += len(event) + 2
+        return blocks[:size]
+
+    def copy_run(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
+        """As `copy`, for events that all match up to the last with the suffix."""
         prefix, suffix = self.prefix, self.suffix
         end = blocks.rfind(suffix)
         if end < len(prefix) or not blocks.startswith(prefix):
@@ -7171,6 +7194,8 @@ class Template:
             text = b"".join(texts).decode()
         if "\\" in text:
             text = json_decoder.scan_once(f'"{text}"', 0)[0]
+            if b"\\u" in joined or b"\\/" in joined:
+                texts = list(map(unescape_text, texts))
         values = texts
         if len(self.output_members) > 1:
             columns |= {"text": texts, "frame_number": range(frame_number, frame_number + count)}
@@ -7185,8 +7210,8 @@ class Template:
         if len(values) % width or self.event_format * count % tuple(values) != events:
             return {}
         columns = {name: values[index::width] for index, name in enumerate(self.members)}
-        numbers = columns.get("sequence_number")
-        return {} if numbers and not NUMBERS.fullmatch(b",".join(numbers)) else columns
+        numbers = [b",".join(columns[name]) for name in NUMBER_MEMBERS if name in columns]
+        return columns if all(map(NUMBERS.fullmatch, numbers)) else {}
 
 
 @dataclass(slots=True)
@@ -7210,6 +7235,7 @@ class StreamTranslator:
     collected_bytes: int = 0  #: upstream bytes that `frames` were parsed from
     #: matching deltas need no parsing; nothing else may change the response meanwhile
     template: Template | None = None
+    unused_templates: int = 0  #: since one was used
     last_frame: Json = field(default_factory=dict)  #: what the last frame became, if it is one
     output: list[bytes] = field(default_factory=list)  #: not yet returned
     has_output: bool = False  #: a byte was sent, so an error can only be a frame
@@ -7281,16 +7307,20 @@ class StreamTranslator:
             return 0  # parsed instead, so that the deltas before the error are sent
         self.output.append(output)
         self.frame_count += count
+        self.unused_templates = 0
         return size
 
     def feed_events(self, blocks: bytes) -> None:
         """Parses and relays complete events; the last one may give a new template."""
+        self.unused_templates += self.template is not None
         self.template = None
         frames = self.framing.frames(blocks)
         delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
         self.relay_frames(frames)
         # The first frame of a stream has fields of its own.
         is_repeatable = self.frame_count > 1 and not self.is_finished
+        if self.unused_templates >= FIRST_PARSED_EVENTS and self.frame_count % 8:
+            return  # each event differs in more than its text
         if delta and is_repeatable and self.client.read_delta(self.last_frame) == delta:
             event = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
             is_numbered = self.client.is_numbered
