@@ -4458,7 +4458,8 @@ class ChatDialect(Dialect):
         if len(choices) != 1 or len(frame["choices"]) != 1:
             return None
         choice, delta = choices[0], get_dict(choices[0], "delta")
-        kinds = {CHAT_DELTAS.get(key) for key in delta if delta[key] and key != "role"}
+        keys = delta.keys() - {"role", *VENDOR_CHAT_FIELDS}
+        kinds = {CHAT_DELTAS.get(key) for key in keys if delta[key]}
         if len(kinds) != 1 or choice.get("finish_reason") or choice.get("logprobs"):
             return None
         kind = kinds.pop()
@@ -7072,19 +7073,19 @@ MEMBER = re.compile(
 )
 
 
-def find_members(event: bytes, text: str) -> Iterator[tuple[str, bytes, int]]:
-    """(name, value, offset) of what may differ in an event; "text" is the name of `text`."""
+def find_members(event: bytes, text: str) -> Iterator[tuple[str, str, int, int]]:
+    """(name, value, start, end) of what may differ in an event; `text` is named "text"."""
     for match in MEMBER.finditer(event):
-        key, value, number = match.groups()
-        name = key.decode()
-        if (name in NUMBER_MEMBERS) is not (value is None):
+        name, group = match[1].decode(), 2 if match[3] is None else 3
+        is_number = name in NUMBER_MEMBERS
+        if is_number is (group == 2):
             continue
-        if name not in IGNORED_MEMBERS:
-            if json_decoder.scan_once(f'"{value.decode()}"', 0)[0] != text:
-                continue
-            name = "text"
-        group = 2 if number is None else 3
-        yield name, match[group], match.start(group)
+        value = match[group].decode()
+        value = value if is_number else json_decoder.scan_once(f'"{value}"', 0)[0]
+        if name in TEXT_MEMBERS:
+            name = "text" if value == text else ""
+        if name:
+            yield name, value, *match.span(group)
 
 
 def unescape_text(text: bytes) -> bytes:
@@ -7118,14 +7119,14 @@ class Template:
         """The template of a delta and of its output; None if it is ambiguous."""
         kind, text = delta
         constants, values, end = [], {}, 0
-        for name, value, start in find_members(event, text):
+        for name, value, start, next_end in find_members(event, text):
             if name in values:
                 return None
             values[name] = value
             constants.append(event[end:start])
-            end = start + len(value)
+            end = next_end
         output_format, output_members, output_end = b"", [], 0
-        for name, value, start in find_members(output, text):
+        for name, value, start, next_end in find_members(output, text):
             if is_numbered and name == "sequence_number":
                 name = "frame_number"
             elif name != "text" and values.get(name) != value:
@@ -7133,7 +7134,7 @@ class Template:
             output_members.append(name)
             output_format += output[output_end:start].replace(b"%", b"%%")
             output_format += b"%d" if name == "frame_number" else b"%b"
-            output_end = start + len(value)
+            output_end = next_end
         output_format += output[output_end:].replace(b"%", b"%%")
         if "text" not in values or "text" not in output_members:
             return None
@@ -12181,6 +12182,9 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
             if error.errno not in UNAVAILABLE_ADDRESS_ERRORS:
                 break
         else:
+            # Accepted sockets inherit it; asyncio sets it only where the socket names its protocol.
+            # With Nagle's algorithm a response of several writes waits 40 ms for an ACK.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             listeners.append(listener)
             port = listener.getsockname()[1]
     else:
@@ -16372,14 +16376,20 @@ PUBLIC_STATUS = (
 )  # fmt: skip
 
 
-def read_api_key(headers: Headers) -> str | None:
-    """The key a request carries; raises InvalidKey if a header with a key is repeated."""
-    if {"authorization", "x-api-key", "api-key"} & headers.repeated:
+KEY_HEADERS = ("authorization", "x-api-key", "api-key")
+
+
+def read_api_keys(headers: Headers) -> list[str]:
+    """The keys a request carries; raises InvalidKey if a header with a key is repeated.
+
+    Each of them counts: Claude Desktop sends a token of its own in `Authorization` beside the
+    gateway's key in `x-api-key` (seen in 2026-11).
+    """
+    if not headers.repeated.isdisjoint(KEY_HEADERS):
         raise InvalidKey("More than one key was sent.")
     scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip(" ")
-    return headers.get("x-api-key", headers.get("api-key"))
+    keys = [value.strip(" ")] if scheme.lower() == "bearer" else []
+    return keys + [headers[name] for name in KEY_HEADERS[1:] if name in headers]
 
 
 def error_headers(error: ApiError) -> dict[str, str]:
@@ -16521,8 +16531,13 @@ class Gateway:
     def check_key(self, request: Request) -> str:
         """The name of the request's key; raises InvalidKey."""
         # latin-1 restores the bytes that were sent
-        sent_key = (read_api_key(request.headers) or "").encode("latin-1")
-        matches = [name for name, key in self.keys.items() if hmac.compare_digest(sent_key, key)]
+        sent_keys = [key.encode("latin-1") for key in read_api_keys(request.headers)]
+        matches = [
+            name
+            for sent_key in sent_keys
+            for name, key in self.keys.items()
+            if hmac.compare_digest(sent_key, key)
+        ]
         if matches:
             return matches[0]
         raise InvalidKey(
