@@ -98,6 +98,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import importlib.util
 import json
 import marshal
@@ -253,7 +254,7 @@ MAX_LOG_LINE = 16_000  # characters; of a traceback, too
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error response; more is not read
 ERROR_BODY_SECONDS = 5.0  # for all of it, as a byte now and then is no silence
 MAX_COLLECTED_BYTES = 64 * MIB  # of an upstream's stream, for a caller that wants no stream
-FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
+FIRST_PARSED_EVENTS = 2  # of a read, before its plain deltas are copied
 # One server-sent event, as images come as one frame, or a non-streaming response.
 MAX_FRAME_BYTES = 16 * MIB
 MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
@@ -265,6 +266,10 @@ STREAM_BUFFER_BYTES = 64 * KIB
 RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc uses mmap
 # With this much unsent to a slow client, reading from the upstream pauses.
 WRITE_HIGH_WATER_BYTES = 128 * KIB
+
+# New objects before Python looks for garbage in cycles, which a request hardly makes.  With its
+# default of 700, a thousand streams stop for 20 ms and more while they begin.
+GARBAGE_OBJECTS = 10_000
 
 # After a step this long, a request yields to the others for a moment.
 LONG_STEP_SECONDS = 0.03
@@ -1530,6 +1535,7 @@ FORBIDDEN_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")  # of a chunk without extensions
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n"
     % (CHUNK_TOKEN, CHUNK_TOKEN, CHUNK_STRING)
@@ -1695,21 +1701,33 @@ class ChunkedBody(Body):
         super().__init__()
         self.until_close = False
         self.buffer = b""
-        self.expected = "size"  #: the next part: size, data or trailers
+        self.expected = "size"  #: the next part: size, data, trailers or, at the end, none
 
     def feed(self, data: bytes) -> bytes:
-        data = self.buffer + data
+        if self.expected == "size" and not self.buffer:
+            line = CHUNK_SIZE.match(data)
+            if (
+                line
+                and data.endswith(b"\r\n")
+                and 0 < int(line[1], 16) == len(data) - line.end() - 2
+            ):
+                return data[line.end() : -2]  # one complete chunk, as usual
+        return self.feed_parts(self.buffer + data)
+
+    def feed_parts(self, data: bytes) -> bytes:
         payload: list[bytes] = []
         offset = 0
         while not self.is_complete:
             if self.expected == "size":
-                line = CHUNK_LINE.match(data, offset, offset + MAX_CHUNK_LINE_BYTES)
+                limit = offset + MAX_CHUNK_LINE_BYTES
+                has_line = data.find(b"\n", offset, limit) >= 0
+                line = CHUNK_LINE.match(data, offset, limit) if has_line else None
                 if line is None:
-                    self.check_partial_size(data[offset : offset + MAX_CHUNK_LINE_BYTES + 1])
+                    self.check_partial_size(data[offset : limit + 1])
                     break
                 offset, self.remaining = line.end(), int(line[1], 16)
                 end = offset + self.remaining
-                if self.remaining and data[end : end + 2] == b"\r\n":  # a complete chunk, as usual
+                if self.remaining and data[end : end + 2] == b"\r\n":
                     payload.append(data[offset:end])
                     offset, self.remaining = end + 2, 0
                 else:
@@ -1731,7 +1749,7 @@ class ChunkedBody(Body):
                 if not size:
                     break
                 offset += size
-                self.is_complete = True
+                self.is_complete, self.expected = True, "none"
         if self.is_complete:
             self.excess += data[offset:]
         self.buffer = b"" if self.is_complete else data[offset:]
@@ -4429,7 +4447,7 @@ class ChatDialect(Dialect):
 
     def read_delta(self, frame: Json) -> Delta | None:
         choices = get_dicts(frame, "choices")
-        if len(choices) != 1 or len(frame["choices"]) != 1 or frame.get("usage"):
+        if len(choices) != 1 or len(frame["choices"]) != 1:
             return None
         choice, delta = choices[0], get_dict(choices[0], "delta")
         keys = delta.keys() - {"role", *VENDOR_CHAT_FIELDS}
@@ -7031,7 +7049,8 @@ JSON_NUMBER = rb"(?:0|[1-9][0-9]{0,15})(?![\w.+-])"
 NUMBERS = re.compile(b"%b(?:,%b)*+" % (JSON_NUMBER, JSON_NUMBER))
 # What may differ between the deltas of a block: their text, under one of these keys, and members
 # without meaning for a conversion: numbers, ids that change (Copilot), random padding (OpenAI).
-IGNORED_MEMBERS = ("sequence_number", "item_id", "obfuscation", "padding")
+NUMBER_MEMBERS = ("sequence_number", "check_offset", "start_offset", "end_offset")
+IGNORED_MEMBERS = (*NUMBER_MEMBERS, "item_id", "obfuscation", "padding")
 TEXT_MEMBERS = (
     *REASONING_FIELDS, "arguments", "content", "delta", "input", "partial_json", "refusal", "text",
     "thinking",
@@ -7047,7 +7066,7 @@ def find_members(event: bytes, text: str) -> Iterator[tuple[str, str, int, int]]
     """(name, value, start, end) of what may differ in an event; `text` is named "text"."""
     for match in MEMBER.finditer(event):
         name, group = match[1].decode(), 2 if match[3] is None else 3
-        is_number = name == "sequence_number"
+        is_number = name in NUMBER_MEMBERS
         if is_number is (group == 2):
             continue
         value = match[group].decode()
@@ -7058,12 +7077,17 @@ def find_members(event: bytes, text: str) -> Iterator[tuple[str, str, int, int]]
             yield name, value, *match.span(group)
 
 
+def unescape_text(text: bytes) -> bytes:
+    """The inside of a JSON string as the encoder writes it, which escapes only what it must."""
+    return dump_json(json_decoder.scan_once(f'"{text.decode()}"', 0)[0])[1:-1]
+
+
 @dataclass(slots=True)
 class Template:
     """The bytes that all deltas of one block share, in and out, around the members that differ.
 
-    Text between the quotes of two JSON strings can be copied as it is, escapes included: matching
-    deltas need no parsing, no events and no encoding.
+    Text between the quotes of two JSON strings can be copied: matching deltas need no parsing, no
+    events and no encoding.
     """
 
     kind: str
@@ -7104,16 +7128,33 @@ class Template:
         return cls(kind, prefix, suffix, inner, members, event_format, output_format, columns)
 
     def copy(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
-        """Copies the deltas at the beginning of complete events; None if one does not match.
+        """Copies the deltas at the beginning of complete events; None if the first is another.
 
         Returns (their size in bytes, their number, their text, the output).
         """
+        copied = self.copy_run(blocks, frame_number)
+        if copied is None and blocks.startswith(self.prefix):
+            run = self.leading_events(blocks)
+            copied = self.copy_run(run, frame_number) if len(run) < len(blocks) else None
+        return copied
+
+    def leading_events(self, blocks: bytes) -> bytes:
+        """The events up to the first that is not like the others around its members."""
+        size, suffix = 0, self.suffix[:-2]
+        for event in blocks.split(b"\n\n"):
+            if not event.startswith(self.prefix) or not event.endswith(suffix):
+                break
+            size += len(event) + 2
+        return blocks[:size]
+
+    def copy_run(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
+        """As `copy`, for events that all match up to the last with the suffix."""
         prefix, suffix = self.prefix, self.suffix
         end = blocks.rfind(suffix)
         if end < len(prefix) or not blocks.startswith(prefix):
             return None
         inside, size = blocks[len(prefix) : end], end + len(suffix)
-        width = len(self.members)
+        width, text_index = len(self.members), self.members.index("text")
         if width == 1:
             values = texts = inside.split(suffix + prefix)
         else:
@@ -7121,7 +7162,7 @@ class Template:
             for constant in self.inner:
                 inside = inside.replace(constant, b"\n")
             values = inside.split(b"\n")
-            texts = values[self.members.index("text") :: width]
+            texts = values[text_index::width]
         count = len(texts)
         # The blank between values makes an escape that is split across two of them invalid.
         joined = b" ".join(values)
@@ -7137,6 +7178,9 @@ class Template:
             text = b"".join(texts).decode()
         if "\\" in text:
             text = json_decoder.scan_once(f'"{text}"', 0)[0]
+            if b"\\u" in joined or b"\\/" in joined:
+                texts = list(map(unescape_text, texts))
+                values[text_index::width] = texts
         if len(self.output_columns) > 1:
             columns = len(self.output_columns)
             output_values: list[Any] = [b""] * (count * columns)
@@ -7152,10 +7196,9 @@ class Template:
         count, excess = divmod(len(values), len(self.members))
         if excess or self.event_format * count % tuple(values) != events:
             return False
-        if "sequence_number" not in self.members:
-            return True
-        numbers = values[self.members.index("sequence_number") :: len(self.members)]
-        return bool(NUMBERS.fullmatch(b",".join(numbers)))
+        names = [name for name in self.members if name in NUMBER_MEMBERS]
+        columns = (values[self.members.index(name) :: len(self.members)] for name in names)
+        return all(NUMBERS.fullmatch(b",".join(numbers)) for numbers in columns)
 
 
 @dataclass(slots=True)
@@ -7179,6 +7222,7 @@ class StreamTranslator:
     collected_bytes: int = 0  #: upstream bytes that `frames` were parsed from
     #: matching deltas need no parsing; nothing else may change the response meanwhile
     template: Template | None = None
+    unused_templates: int = 0  #: since one was used
     last_frame: Json = field(default_factory=dict)  #: what the last frame became, if it is one
     output: list[bytes] = field(default_factory=list)  #: not yet returned
     has_output: bool = False  #: a byte was sent, so an error can only be a frame
@@ -7250,16 +7294,20 @@ class StreamTranslator:
             return 0  # parsed instead, so that the deltas before the error are sent
         self.output.append(output)
         self.frame_count += count
+        self.unused_templates = 0
         return size
 
     def feed_events(self, blocks: bytes) -> None:
         """Parses and relays complete events; the last one may give a new template."""
+        self.unused_templates += self.template is not None
         self.template = None
         frames = self.framing.frames(blocks)
         delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
         self.relay_frames(frames)
         # The first frame of a stream has fields of its own.
         is_repeatable = self.frame_count > 1 and not self.is_finished
+        if self.unused_templates >= FIRST_PARSED_EVENTS and self.frame_count % 8:
+            return  # each event differs in more than its text
         if delta and is_repeatable and self.client.read_delta(self.last_frame) == delta:
             event = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
             is_numbered = self.client.is_numbered
@@ -18478,6 +18526,8 @@ async def serve(
         except OSError as error:
             control.close()
             raise ProgramError(f"{paths.pid_file}: cannot be written: {error.strerror}") from None
+    gc.freeze()  # the program itself is no garbage
+    gc.set_threshold(GARBAGE_OBJECTS)
     notify_manager(f"READY=1\nMAINPID={os.getpid()}")
     log_event("info", "listening", port=daemon.port, version=__version__)
     if not report(daemon.status()):
