@@ -7223,7 +7223,6 @@ class StreamTranslator:
     #: matching deltas need no parsing; nothing else may change the response meanwhile
     template: Template | None = None
     unused_templates: int = 0  #: since one was used
-    last_frame: Json = field(default_factory=dict)  #: what the last frame became, if it is one
     output: list[bytes] = field(default_factory=list)  #: not yet returned
     has_output: bool = False  #: a byte was sent, so an error can only be a frame
     frame_count: int = 0  #: frames sent
@@ -7303,12 +7302,12 @@ class StreamTranslator:
         self.template = None
         frames = self.framing.frames(blocks)
         delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
-        self.relay_frames(frames)
+        frame = self.relay_frames(frames)
         # The first frame of a stream has fields of its own.
         is_repeatable = self.frame_count > 1 and not self.is_finished
         if self.unused_templates >= FIRST_PARSED_EVENTS and self.frame_count % 8:
             return  # each event differs in more than its text
-        if delta and is_repeatable and self.client.read_delta(self.last_frame) == delta:
+        if delta and is_repeatable and self.client.read_delta(frame) == delta:
             event = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
             is_numbered = self.client.is_numbered
             self.template = Template.build(event, self.output[-1], delta, is_numbered)
@@ -7339,13 +7338,15 @@ class StreamTranslator:
             self.fail(failure)
         return self.take_output()
 
-    def relay_frames(self, frames: list[Json]) -> None:
+    def relay_frames(self, frames: list[Json]) -> Json:
+        """Returns what the last frame became if that is one frame."""
+        repaired: list[Json] = []
         for frame in frames:
             if self.relay.finished:
                 break  # nothing may follow the end
             repaired = self.relay.repair(frame)
-            self.last_frame = repaired[0] if len(repaired) == 1 else {}
             self.send(repaired)
+        return repaired[0] if len(repaired) == 1 else {}
 
     def send(self, frames: list[Json]) -> None:
         """Numbers are assigned here, as pings and errors come in between."""
@@ -11924,7 +11925,7 @@ class ResponseWriter:
     def send(self, data: bytes) -> None:
         if not self.connection.response_started:
             self.connection.response_started = True
-            data = self.head + data
+            data, self.head = self.head + data, b""
         self.last_at = asyncio.get_running_loop().time()
         self.connection.transport.write(data)
 
@@ -16475,8 +16476,8 @@ class Gateway:
                 self.log_access(request, response, now() - request.started_at, outcome)
                 self.count_request(request, response.status)
 
-        response.stream = stream_with_log
-        return response
+        # Another object, or all of the request would be a cycle: garbage, but not freed at once.
+        return replace(response, stream=stream_with_log)
 
     async def respond(self, request: Request) -> Response:
         """The response, or the error in the client's dialect, with CORS headers."""
