@@ -6980,13 +6980,17 @@ class Converter:
     usage: Usage = field(default_factory=Usage)
     output_estimate: float = 0.0
     call_count: int = 0
+    is_silent: bool = False  #: the last frame was a delta that is not sent, or only with its block
 
     @property
     def finished(self) -> bool:
         return self.state == "complete"
 
     def repair(self, frame: Json) -> list[Json]:
-        return self.write(self.reader.read(frame))
+        events = self.reader.read(frame)
+        frames = self.write(events)
+        self.is_silent = not frames and [*map(type, events)] == [BlockDelta]
+        return frames
 
     def end(self) -> list[Json]:
         frames = [] if self.finished else self.write(self.reader.end())
@@ -7120,7 +7124,7 @@ class Template:
             output_format += output[output_end:start].replace(b"%", b"%%")
             output_format += b"%d" if is_counted else b"%b"
             output_end = next_end
-        if "text" not in values or members.index("text") not in columns:
+        if "text" not in values or (output and members.index("text") not in columns):
             return None
         output_format += output[output_end:].replace(b"%", b"%%")
         prefix, *inner, suffix = [*constants, event[end:]]
@@ -7181,14 +7185,13 @@ class Template:
             if b"\\u" in joined or b"\\/" in joined:
                 texts = list(map(unescape_text, texts))
                 values[text_index::width] = texts
-        if len(self.output_columns) > 1:
+        output_values: list[Any] = texts
+        if len(self.output_columns) != 1:
             columns = len(self.output_columns)
-            output_values: list[Any] = [b""] * (count * columns)
+            output_values = [b""] * (count * columns)
             for index, column in enumerate(self.output_columns):
                 numbers = range(frame_number, frame_number + count)
                 output_values[index::columns] = numbers if column < 0 else values[column::width]
-        else:
-            output_values = texts
         return size, count, text, self.output_format * count % tuple(output_values)
 
     def is_exact(self, values: list[bytes], events: bytes) -> bool:
@@ -7292,7 +7295,7 @@ class StreamTranslator:
         except UpstreamError:
             return 0  # parsed instead, so that the deltas before the error are sent
         self.output.append(output)
-        self.frame_count += count
+        self.frame_count += count if output else 0
         self.unused_templates = 0
         return size
 
@@ -7303,14 +7306,18 @@ class StreamTranslator:
         frames = self.framing.frames(blocks)
         delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
         frame = self.relay_frames(frames)
-        # The first frame of a stream has fields of its own.
-        is_repeatable = self.frame_count > 1 and not self.is_finished
+        if not delta or self.is_finished or self.frame_count < 2:
+            return  # the first frame of a stream has fields of its own
         if self.unused_templates >= FIRST_PARSED_EVENTS and self.frame_count % 8:
             return  # each event differs in more than its text
-        if delta and is_repeatable and self.client.read_delta(frame) == delta:
+        # Text that is not sent is thinking between tags, and searched for their end.
+        is_silent = (
+            isinstance(self.relay, Converter) and self.relay.is_silent and delta[0] != "text"
+        )
+        if is_silent or self.client.read_delta(frame) == delta:
             event = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            is_numbered = self.client.is_numbered
-            self.template = Template.build(event, self.output[-1], delta, is_numbered)
+            output = b"" if is_silent else self.output[-1]
+            self.template = Template.build(event, output, delta, self.client.is_numbered)
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
