@@ -7045,10 +7045,10 @@ class Converter:
         return self.writer.write(event)
 
 
-# The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair need
-# checking.  Possessive, so that a mismatch is found in linear time.
+# The inside of a JSON string (RFC 8259 section 7), without surrogate escapes.  Possessive, so that
+# a mismatch is found in linear time.
 JSON_TEXT = rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
-UNESCAPED_TEXT = re.compile(JSON_TEXT)
+PLAIN_BYTES = bytes(byte for byte in range(32, 127) if byte not in b'"\\')
 JSON_NUMBER = rb"(?:0|[1-9][0-9]{0,15})(?![\w.+-])"
 NUMBERS = re.compile(b"%b(?:,%b)*+" % (JSON_NUMBER, JSON_NUMBER))
 # What may differ between the deltas of a block: their text, under one of these keys, and members
@@ -7074,16 +7074,29 @@ def find_members(event: bytes, text: str) -> Iterator[tuple[str, str, int, int]]
         if is_number is (group == 2):
             continue
         value = match[group].decode()
-        value = value if is_number else json_decoder.scan_once(f'"{value}"', 0)[0]
+        value = value if is_number else read_json_text(match[group])
         if name in TEXT_MEMBERS:
             name = "text" if value == text else ""
         if name:
             yield name, value, *match.span(group)
 
 
-def unescape_text(text: bytes) -> bytes:
+def read_json_text(data: bytes) -> str:
+    """The text of the inside of a JSON string; raises ValueError if it is not one."""
+    text = data.decode()
+    if not data.translate(None, PLAIN_BYTES):
+        return text
+    quoted = f'"{text}"'
+    text, end = json_decoder.scan_once(quoted, 0)
+    if end < len(quoted):
+        raise ValueError("it has an unescaped quote")
+    text.encode()  # fails for half of a surrogate pair
+    return str(text)
+
+
+def unescape_text(data: bytes) -> bytes:
     """The inside of a JSON string as the encoder writes it, which escapes only what it must."""
-    return dump_json(json_decoder.scan_once(f'"{text.decode()}"', 0)[0])[1:-1]
+    return dump_json(read_json_text(data))[1:-1]
 
 
 @dataclass(slots=True)
@@ -7166,29 +7179,29 @@ class Template:
         if width == 1:
             values = texts = inside.split(suffix + prefix)
         else:
-            inside = inside.replace(suffix + prefix, b"\n")
-            for constant in self.inner:
-                inside = inside.replace(constant, b"\n")
+            for constant in (suffix + prefix, *self.inner):
+                inside = b"\n".join(inside.split(constant))
             values = inside.split(b"\n")
             if not self.is_exact(values, blocks[:size]):
                 return None
             texts = values[self.text_column :: width]
-        count = len(texts)
-        # The blank between values makes an escape that is split across two of them invalid.
-        joined = b" ".join(values)
-        if b"" in texts or not UNESCAPED_TEXT.fullmatch(joined):
+        # The blank between texts makes an escape that is split across two of them invalid.
+        count, joined = len(texts), b" ".join(texts)
+        if b"" in texts:
+            return None
+        # All of the other values must be plain.
+        odd_bytes = b"".join(values).translate(None, PLAIN_BYTES) if width > 1 else b""
+        if odd_bytes and odd_bytes != joined.translate(None, PLAIN_BYTES):
             return None
         try:
-            text = joined.decode()
-        except UnicodeDecodeError:
+            text = read_json_text(joined)
+            if count > 1:
+                text = read_json_text(b"".join(texts))
+        except ValueError:
             return None
-        if len(values) > 1:
-            text = b"".join(texts).decode()
-        if "\\" in text:
-            text = json_decoder.scan_once(f'"{text}"', 0)[0]
-            if b"\\u" in joined or b"\\/" in joined:
-                texts = list(map(unescape_text, texts))
-                values[self.text_column :: width] = texts
+        if b"\\" in joined and (b"\\u" in joined or b"\\/" in joined):
+            texts = list(map(unescape_text, texts))
+            values[self.text_column :: width] = texts
         output_values: list[Any] = texts
         columns = len(self.output_columns)
         if columns != 1:
