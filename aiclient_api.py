@@ -2034,17 +2034,7 @@ class EventStreamFraming:
     def complete(self, data: bytes) -> bytes:
         if self.error:
             return b""
-        events: list[bytes] = []
-        last_headers, member, opening = None, b"", b""
-        for headers, payload in self.read_messages(data):
-            if headers is not last_headers:
-                is_event = headers.get(":message-type", "event") == "event"
-                member = union_member(headers.get(":event-type", "")) if is_event else b""
-                last_headers, opening = headers, b'data: {"%b":' % member
-            if member in payload or b"\n" in payload or not payload:
-                events.append(self.write(headers, payload))
-            else:
-                events += (opening, payload, b"}\n\n")
+        events = [self.write(headers, payload) for headers, payload in self.read_messages(data)]
         if self.error:
             message = f"The upstream's response is malformed: {self.error}."
             events.append(write_sse({"error": {"code": "WireError", "message": message}}))
@@ -4309,9 +4299,7 @@ class ChatRelay:
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
-        reasoning = get_reasoning(delta)
-        if reasoning:
-            self.reasoning.append(reasoning)
+        self.reasoning.append(get_reasoning(delta))
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
         if isinstance(delta.get("tool_calls"), list):
@@ -6934,12 +6922,11 @@ KIRO_CONTENT_EVENTS = {
 }
 
 
-# Event -> (kind of what it extends, key of the text, keys that may stand beside it).
+# Event -> (kind of what it extends, key of the text).
 KIRO_DELTAS = {
-    "assistantResponseEvent": ("text", "content", {"modelId"}),
-    "reasoningContentEvent": ("thinking", "text", set[str]()),
-    "toolUseEvent": ("arguments", "input", {"name", "toolUseId"}),
-}
+    "assistantResponseEvent": ("text", "content"), "reasoningContentEvent": ("thinking", "text"),
+    "toolUseEvent": ("arguments", "input"),
+}  # fmt: skip
 
 
 class KiroDialect(UpstreamDialect):
@@ -6954,9 +6941,10 @@ class KiroDialect(UpstreamDialect):
 
     def read_delta(self, frame: Json) -> Delta | None:
         name = next(iter(frame), "")
-        kind, key, others = KIRO_DELTAS.get(name, ("", "", set()))
+        kind, key = KIRO_DELTAS.get(name, ("", ""))
         payload = get_dict(frame, name)
-        text = get_text(payload, key) if payload.keys() <= {key, *others} else ""
+        is_plain = payload.keys() <= {key, "modelId", "name", "toolUseId"}
+        text = get_text(payload, key) if is_plain else ""
         return (kind, text) if text else None
 
 
@@ -7066,19 +7054,25 @@ MEMBER = re.compile(
 )
 
 
-def find_members(event: bytes, text: str) -> Iterator[tuple[str, str, int, int]]:
-    """(name, value, start, end) of what may differ in an event; `text` is named "text"."""
+def find_members(event: bytes, text: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """(name, value, span) of what may differ in an event; `text` is named "text"."""
     for match in MEMBER.finditer(event):
         name, group = match[1].decode(), 2 if match[3] is None else 3
         is_number = name in NUMBER_MEMBERS
         if is_number is (group == 2):
             continue
-        value = match[group].decode()
-        value = value if is_number else read_json_text(match[group])
-        if name in TEXT_MEMBERS:
-            name = "text" if value == text else ""
-        if name:
-            yield name, value, *match.span(group)
+        value = match[group].decode() if is_number else read_json_text(match[group])
+        if name not in TEXT_MEMBERS:
+            yield name, value, match.span(group)
+        elif value == text:
+            yield "text", value, match.span(group)
+
+
+def split_around(event: bytes, spans: list[tuple[int, int]]) -> tuple[list[bytes], bytes]:
+    """The parts of an event around `spans`, and the same as a format, with `%b` for each span."""
+    edges = [0, *(edge for span in spans for edge in span), len(event)]
+    parts = [event[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    return parts, b"%b".join(part.replace(b"%", b"%%") for part in parts)
 
 
 def read_json_text(data: bytes) -> str:
@@ -7121,31 +7115,22 @@ class Template:
     def build(cls, event: bytes, output: bytes, delta: Delta, is_numbered: bool) -> Template | None:
         """The template of a delta and of its output; None if it is ambiguous."""
         kind, text = delta
-        constants, values, end = [], {}, 0
-        for name, value, start, next_end in find_members(event, text):
-            if name in values:
-                return None
-            values[name] = value
-            constants.append(event[end:start])
-            end = next_end
-        members, columns = [*values], []
-        output_format, output_end = b"", 0
-        for name, value, start, next_end in find_members(output, text):
-            is_counted = is_numbered and name == "sequence_number"
-            if not is_counted and values.get(name) != value:
-                continue  # rewritten, always to the same
-            columns.append(-1 if is_counted else members.index(name))
-            output_format += output[output_end:start].replace(b"%", b"%%")
-            output_format += b"%d" if is_counted else b"%b"
-            output_end = next_end
-        if "text" not in values or (output and members.index("text") not in columns):
+        members = [*find_members(event, text)]
+        values = {name: value for name, value, _ in members}
+        names, columns, spans = [*values], [], []
+        if "text" not in names or len(names) < len(members):
             return None
-        output_format += output[output_end:].replace(b"%", b"%%")
-        prefix, *inner, suffix = [*constants, event[end:]]
-        event_format = b"%b".join(part.replace(b"%", b"%%") for part in (prefix, *inner, suffix))
-        text_column = members.index("text")
-        numbers = [members.index(name) for name in NUMBER_MEMBERS if name in values]
-        formats = event_format, output_format
+        for name, value, span in find_members(output, text):
+            is_counted = is_numbered and name == "sequence_number"
+            if is_counted or values.get(name) == value:  # or is always rewritten to the same
+                columns.append(-1 if is_counted else names.index(name))
+                spans.append(span)
+        text_column = names.index("text")
+        if output and text_column not in columns:
+            return None
+        numbers = [names.index(name) for name in NUMBER_MEMBERS if name in names]
+        (prefix, *inner, suffix), event_format = split_around(event, [span for *_, span in members])
+        formats = event_format, split_around(output, spans)[1]
         return cls(kind, prefix, suffix, inner, text_column, numbers, *formats, columns)
 
     def copy(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
@@ -7182,7 +7167,11 @@ class Template:
             for constant in (suffix + prefix, *self.inner):
                 inside = b"\n".join(inside.split(constant))
             values = inside.split(b"\n")
-            if not self.is_exact(values, blocks[:size]):
+            count, excess = divmod(len(values), width)
+            if excess or self.event_format * count % tuple(values) != blocks[:size]:
+                return None
+            numbers = [b",".join(values[column::width]) for column in self.number_columns]
+            if not all(map(NUMBERS.fullmatch, numbers)):
                 return None
             texts = values[self.text_column :: width]
         # The blank between texts makes an escape that is split across two of them invalid.
@@ -7206,19 +7195,10 @@ class Template:
         columns = len(self.output_columns)
         if columns != 1:
             output_values = [b""] * (count * columns)
-            numbers = range(frame_number, frame_number + count)
+            numbers = [b"%d" % (frame_number + index) for index in range(count)]
             for index, column in enumerate(self.output_columns):
                 output_values[index::columns] = numbers if column < 0 else values[column::width]
         return size, count, text, self.output_format * count % tuple(output_values)
-
-    def is_exact(self, values: list[bytes], events: bytes) -> bool:
-        """Whether these are the values of `events`, and their numbers are such."""
-        width = len(self.inner) + 1
-        count, excess = divmod(len(values), width)
-        if excess or self.event_format * count % tuple(values) != events:
-            return False
-        columns = [b",".join(values[column::width]) for column in self.number_columns]
-        return all(map(NUMBERS.fullmatch, columns))
 
 
 @dataclass(slots=True)
