@@ -1592,17 +1592,21 @@ def head_lines(data: bytes) -> list[str]:
     return lines[:-2]
 
 
+@functools.lru_cache(maxsize=64)  # most clients send the same, and open streams share them
+def field_name(name: str) -> str:
+    """In lower case; also refuses white space before the colon, and obsolete line folding."""
+    if not TOKEN.fullmatch(name):
+        raise WireError("malformed header field")
+    return name.lower()
+
+
 def parse_headers(lines: list[str]) -> Headers:
     if len(lines) > MAX_FIELDS:
         raise WireError(f"more than {MAX_FIELDS} header fields", 431)
     headers = Headers()
     for line in lines:
         name, colon, value = line.partition(":")
-        # Also refuses white space before the colon, and obsolete line folding.
-        if not colon or not TOKEN.fullmatch(name):
-            raise WireError("malformed header field")
-        name = name.lower()
-        value = value.strip(" \t")
+        name, value = field_name(name if colon else ""), value.strip(" \t")
         if name in headers:
             headers.repeated |= {name}
             value = f"{headers[name]}, {value}"
@@ -11533,6 +11537,7 @@ class UpstreamResponse:
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         connection = self.connection
+        self.headers = Headers()  # read by now, and the stream may be long
         if self.returned:
             sink(self.returned)
         if not self.finished:
