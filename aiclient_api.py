@@ -11928,7 +11928,7 @@ class ResponseWriter:
         self.connection = connection
         self.head = head
         self.chunked = chunked
-        self.last_at = asyncio.get_running_loop().time()
+        self.last_at = time.monotonic()
         #: called when the client's reading lags (True: pause the source) or has caught up (False)
         self.on_flow: Callable[[bool], None] = lambda _paused: None
         #: called when the server has to stop
@@ -11945,7 +11945,7 @@ class ResponseWriter:
         if not self.connection.response_started:
             self.connection.response_started = True
             data, self.head = self.head + data, b""
-        self.last_at = asyncio.get_running_loop().time()
+        self.last_at = time.monotonic()
         self.connection.transport.write(data)
 
 
