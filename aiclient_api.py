@@ -2034,8 +2034,6 @@ class EventStreamFraming:
         self.buffer = bytearray()  # an incomplete message
         self.bytes_needed = PRELUDE.size
         self.error = ""
-        self.header_block = b""  # of the last message: mostly the same again
-        self.headers: dict[str, str] = {}
 
     def complete(self, data: bytes) -> bytes:
         if self.error:
@@ -2085,11 +2083,8 @@ class EventStreamFraming:
                 message = data[start + 8 : end]  # without the numbers that `checksum` is of
                 if crc32(message, checksum) != int.from_bytes(data[end : end + 4], "big"):
                     raise WireError("an event has a wrong checksum")
-                header_block = message[4 : 4 + headers_size]
-                if header_block != self.header_block or not self.headers:
-                    self.headers = parse_event_headers(header_block)
-                    self.header_block = header_block
-                messages.append((self.headers, message[4 + headers_size :]))
+                headers = parse_event_headers(message[4 : 4 + headers_size])
+                messages.append((headers, message[4 + headers_size :]))
                 start = end + 4
         except WireError as error:
             self.error = str(error)
@@ -3578,10 +3573,6 @@ class StreamedCall:
     is_object: bool = False  #: whether these were a JSON object
     failed_parses: int = 0
 
-    def add(self, text: str) -> None:
-        self.pieces.append(text)
-        self.is_blank = self.is_blank and text.isspace()
-
     def is_object_complete(self) -> bool:
         """Whether the arguments are a complete JSON object."""
         if self.parsed_count != len(self.pieces):
@@ -3651,7 +3642,8 @@ class BlockAssembler:
             call.name = name
             self.unopened.append(call)
         if text:
-            call.add(text)
+            call.pieces.append(text)
+            call.is_blank = call.is_blank and text.isspace()
         if call is self.call and not is_last:
             self.send_arguments(call)
             return
@@ -3690,8 +3682,8 @@ class BlockAssembler:
         if kind == "thinking":
             self.thinking.append(text)
         elif kind == "arguments" and self.call is not None:
-            self.call.add(text)
-            self.call.sent_count = len(self.call.pieces)
+            self.add_call(self.call.key, "", "", text, is_last=False)
+            self.events.clear()
 
     def open(self, kind: str, call: StreamedCall | None = None) -> None:
         self.close()
@@ -6168,9 +6160,8 @@ class ResponsesDialect(Dialect):
     def read_delta(self, frame: Json) -> Delta | None:
         name, text = get_text(frame, "type"), get_text(frame, "delta")
         kind = CALL_DELTAS.get(name) or ITEM_DELTAS.get(name)
-        return (
-            (kind, text) if kind and text and isinstance(frame.get("output_index"), int) else None
-        )
+        has_item = isinstance(frame.get("output_index"), int)
+        return (kind, text) if kind and text and has_item else None
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         """As for chat, but a missing sign-in is a client error, so that it is not retried."""
@@ -6781,6 +6772,7 @@ class KiroReader:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.blocks = BlockAssembler(kiro_mark(context.provider))
+        self.track = self.blocks.track
         self.tags = ThinkingTags("" if context.tagged_thinking else "text")
         self.usage = Usage()
         self.model = ""  # as the response names it: "auto" is resolved to another model
@@ -6845,9 +6837,6 @@ class KiroReader:
             self.flush_tags()
         arguments = piece if isinstance(piece, str) else ""
         self.blocks.add_call(call_id, call_id, name, arguments, payload.get("stop") is True)
-
-    def track(self, kind: str, text: str) -> None:
-        self.blocks.track(kind, text)
 
     def on_context_usage(self, payload: Json) -> None:
         self.context_used = get_float(payload, "contextUsagePercentage", 1000) or self.context_used
@@ -6995,13 +6984,17 @@ class Converter:
     usage: Usage = field(default_factory=Usage)
     output_estimate: float = 0.0
     call_count: int = 0
+    is_silent: bool = False  #: the last frame was a delta that is not sent, or only with its block
 
     @property
     def finished(self) -> bool:
         return self.state == "complete"
 
     def repair(self, frame: Json) -> list[Json]:
-        return self.write(self.reader.read(frame))
+        events = self.reader.read(frame)
+        frames = self.write(events)
+        self.is_silent = not frames and [*map(type, events)] == [BlockDelta]
+        return frames
 
     def end(self) -> list[Json]:
         frames = [] if self.finished else self.write(self.reader.end())
@@ -7112,11 +7105,7 @@ class Template:
     members: list[str]
     event_format: bytes
     output_format: bytes
-    output_members: list[str]  #: "frame_number" is counted
-    separator: bytes = field(init=False)  #: between the last member of an event and the next event
-
-    def __post_init__(self) -> None:
-        self.separator = self.suffix + self.prefix
+    output_columns: list[int]  #: indexes of members; -1 is the number of the frame
 
     @classmethod
     def build(cls, event: bytes, output: bytes, delta: Delta, is_numbered: bool) -> Template | None:
@@ -7129,25 +7118,22 @@ class Template:
             values[name] = value
             constants.append(event[end:start])
             end = next_end
-        output_format, output_members, output_end = b"", [], 0
+        members, columns = [*values], []
+        output_format, output_end = b"", 0
         for name, value, start, next_end in find_members(output, text):
-            if is_numbered and name == "sequence_number":
-                name = "frame_number"
-            elif name != "text" and values.get(name) != value:
+            is_counted = is_numbered and name == "sequence_number"
+            if not is_counted and values.get(name) != value:
                 continue  # rewritten, always to the same
-            output_members.append(name)
+            columns.append(-1 if is_counted else members.index(name))
             output_format += output[output_end:start].replace(b"%", b"%%")
-            output_format += b"%d" if name == "frame_number" else b"%b"
+            output_format += b"%d" if is_counted else b"%b"
             output_end = next_end
-        output_format += output[output_end:].replace(b"%", b"%%")
-        if "text" not in values or "text" not in output_members:
+        if "text" not in values or (output and members.index("text") not in columns):
             return None
+        output_format += output[output_end:].replace(b"%", b"%%")
         prefix, *inner, suffix = [*constants, event[end:]]
         event_format = b"%b".join(part.replace(b"%", b"%%") for part in (prefix, *inner, suffix))
-        members = [*values]
-        return cls(
-            kind, prefix, suffix, inner, members, event_format, output_format, output_members
-        )
+        return cls(kind, prefix, suffix, inner, members, event_format, output_format, columns)
 
     def copy(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
         """Copies the deltas at the beginning of complete events; None if the first is another.
@@ -7176,47 +7162,50 @@ class Template:
         if end < len(prefix) or not blocks.startswith(prefix):
             return None
         inside, size = blocks[len(prefix) : end], end + len(suffix)
-        columns: dict[str, Any] = {}
-        if self.inner:
-            inside = inside.replace(self.separator, b"\n")
+        width, text_index = len(self.members), self.members.index("text")
+        if width == 1:
+            values = texts = inside.split(suffix + prefix)
+        else:
+            inside = inside.replace(suffix + prefix, b"\n")
             for constant in self.inner:
                 inside = inside.replace(constant, b"\n")
             values = inside.split(b"\n")
-            columns = self.split_members(values, blocks[:size])
-            texts = columns.get("text", [b""])
-        else:
-            values = texts = inside.split(self.separator)
+            texts = values[text_index::width]
+        count = len(texts)
         # The blank between values makes an escape that is split across two of them invalid.
         joined = b" ".join(values)
         if b"" in texts or not UNESCAPED_TEXT.fullmatch(joined):
+            return None
+        if width > 1 and not self.is_exact(values, blocks[:size]):
             return None
         try:
             text = joined.decode()
         except UnicodeDecodeError:
             return None
-        count = len(texts)
         if len(values) > 1:
             text = b"".join(texts).decode()
         if "\\" in text:
             text = json_decoder.scan_once(f'"{text}"', 0)[0]
             if b"\\u" in joined or b"\\/" in joined:
                 texts = list(map(unescape_text, texts))
-        values = texts
-        if len(self.output_members) > 1:
-            columns |= {"text": texts, "frame_number": range(frame_number, frame_number + count)}
-            rows = zip(*[columns[name] for name in self.output_members], strict=True)
-            values = [value for row in rows for value in row]
-        return size, count, text, self.output_format * count % tuple(values)
+                values[text_index::width] = texts
+        output_values: list[Any] = texts
+        if len(self.output_columns) != 1:
+            columns = len(self.output_columns)
+            output_values = [b""] * (count * columns)
+            for index, column in enumerate(self.output_columns):
+                numbers = range(frame_number, frame_number + count)
+                output_values[index::columns] = numbers if column < 0 else values[column::width]
+        return size, count, text, self.output_format * count % tuple(output_values)
 
-    def split_members(self, values: list[bytes], events: bytes) -> dict[str, Any]:
-        """The values of events by name, in columns; empty if these are other events."""
-        width = len(self.members)
-        count = len(values) // width
-        if len(values) % width or self.event_format * count % tuple(values) != events:
-            return {}
-        columns = {name: values[index::width] for index, name in enumerate(self.members)}
-        numbers = [b",".join(columns[name]) for name in NUMBER_MEMBERS if name in columns]
-        return columns if all(map(NUMBERS.fullmatch, numbers)) else {}
+    def is_exact(self, values: list[bytes], events: bytes) -> bool:
+        """Whether these are the values of `events`, and their numbers are such."""
+        count, excess = divmod(len(values), len(self.members))
+        if excess or self.event_format * count % tuple(values) != events:
+            return False
+        names = [name for name in self.members if name in NUMBER_MEMBERS]
+        columns = (values[self.members.index(name) :: len(self.members)] for name in names)
+        return all(NUMBERS.fullmatch(b",".join(numbers)) for numbers in columns)
 
 
 @dataclass(slots=True)
@@ -7310,7 +7299,7 @@ class StreamTranslator:
         except UpstreamError:
             return 0  # parsed instead, so that the deltas before the error are sent
         self.output.append(output)
-        self.frame_count += count
+        self.frame_count += count if output else 0
         self.unused_templates = 0
         return size
 
@@ -7321,14 +7310,18 @@ class StreamTranslator:
         frames = self.framing.frames(blocks)
         delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
         frame = self.relay_frames(frames)
-        # The first frame of a stream has fields of its own.
-        is_repeatable = self.frame_count > 1 and not self.is_finished
+        if not delta or self.is_finished or self.frame_count < 2:
+            return  # the first frame of a stream has fields of its own
         if self.unused_templates >= FIRST_PARSED_EVENTS and self.frame_count % 8:
             return  # each event differs in more than its text
-        if delta and is_repeatable and self.client.read_delta(frame) == delta:
+        # Text that is not sent is thinking between tags, and searched for their end.
+        is_silent = (
+            isinstance(self.relay, Converter) and self.relay.is_silent and delta[0] != "text"
+        )
+        if is_silent or self.client.read_delta(frame) == delta:
             event = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            is_numbered = self.client.is_numbered
-            self.template = Template.build(event, self.output[-1], delta, is_numbered)
+            output = b"" if is_silent else self.output[-1]
+            self.template = Template.build(event, output, delta, self.client.is_numbered)
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""

@@ -11,7 +11,7 @@ import pytest
 from fake_kiro import message
 from goldens import make_flow, one_by_one, play, split_events
 
-from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, StreamTranslator
+from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, StreamTranslator, Tool
 
 Json = dict[str, Any]
 
@@ -21,7 +21,7 @@ UPSTREAMS = tuple(UPSTREAM_DIALECTS)
 #: What a model may write: escapes, controls, halves of a pair, blanks, text that looks like JSON.
 WORDS = (
     *("word ", "two  words", "é", "漢字", "😀", '"', "\\", "\n", "\t", "\r\n", "\x01", "%b %d %%"),
-    *('","text":"', '"}}\n\n', "data: ", "{", "}", '{"content":"x"}', "0", " ", "</thinking>"),
+    *('","text":"', '"}}\n\n', "data: ", "{", "}", '{"content":"x"}', "0", " ", "</thinking>\n\n"),
     *("sequence_number", '"sequence_number":7,', "obfuscation", "event: x\n", "[DONE]", "\x7f"),
 )
 ODD_WORDS = ("", "\ud83d", "\ude00", "\n" * 30, " " * 30)
@@ -248,6 +248,10 @@ class KiroService(Service):
         headers = {":event-type": name, ":content-type": "application/json"}
         return message({**headers, ":message-type": "event"}, self.dump(payload))
 
+    def start(self) -> Iterator[bytes]:
+        if self.rng.random() < 0.3:
+            yield self.event("assistantResponseEvent", {"content": "<thinking>hm"})
+
     def delta(self, kind: str, call: int, text: str) -> Iterator[bytes]:
         more = self.rng.choice(EXTRAS) if self.rng.random() < 0.05 else {}
         if kind == "arguments":
@@ -308,7 +312,15 @@ def played(
     return sent, outcome(flow, stored, sent)
 
 
-TERMS: tuple[Json, ...] = ({}, {}, {"hide_thinking": True}, {"tagged_thinking": True})
+def called(kind: str) -> Json:
+    """The terms of a request that offers the only tool of these streams."""
+    return {"tools": {name: Tool(name, "", {}, kind=kind) for name in ("Write", "f")}}
+
+
+TERMS: tuple[Json, ...] = (
+    {}, {"hide_thinking": True}, called("custom"), called("tool_search"),
+    {"tagged_thinking": True}, {"tagged_thinking": True, "hide_thinking": True},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("client", DIALECTS)
