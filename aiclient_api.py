@@ -5609,8 +5609,10 @@ ITEM_DELTAS = {
     "response.refusal.delta": "refusal", "response.reasoning_summary_text.delta": "thinking",
     "response.function_call_arguments.delta": "tool",
 }  # fmt: skip
-CALL_DELTAS = {"response.custom_tool_call_input.delta": "input"}
-CALL_DELTAS["response.function_call_arguments.delta"] = "arguments"
+CALL_DELTAS = {
+    "response.custom_tool_call_input.delta": "input",
+    "response.function_call_arguments.delta": "arguments",
+}
 
 
 @dataclass(slots=True)
@@ -7308,12 +7310,13 @@ class StreamTranslator:
         self.unused_templates += self.template is not None
         self.template = None
         frames = self.framing.frames(blocks)
-        delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
+        # Seldom where each event differs in more than its text.
+        is_likely = self.unused_templates < 4 or not self.frame_count % 8
+        may_copy = frames and self.may_copy and is_likely
+        delta = self.upstream.read_delta(frames[-1]) if may_copy else None
         frame = self.relay_frames(frames)
         if not delta or self.is_finished or self.frame_count < 2:
             return  # the first frame of a stream has fields of its own
-        if self.unused_templates >= FIRST_PARSED_EVENTS and self.frame_count % 8:
-            return  # each event differs in more than its text
         # Text that is not sent is thinking between tags, and searched for their end.
         is_silent = (
             isinstance(self.relay, Converter) and self.relay.is_silent and delta[0] != "text"
