@@ -7104,7 +7104,8 @@ class Template:
     prefix: bytes  #: of an event, before its first member
     suffix: bytes
     inner: list[bytes]  #: between its members
-    members: list[str]
+    text_column: int  #: index of the text among the members
+    number_columns: list[int]
     event_format: bytes
     output_format: bytes
     output_columns: list[int]  #: indexes of members; -1 is the number of the frame
@@ -7135,7 +7136,10 @@ class Template:
         output_format += output[output_end:].replace(b"%", b"%%")
         prefix, *inner, suffix = [*constants, event[end:]]
         event_format = b"%b".join(part.replace(b"%", b"%%") for part in (prefix, *inner, suffix))
-        return cls(kind, prefix, suffix, inner, members, event_format, output_format, columns)
+        text_column = members.index("text")
+        numbers = [members.index(name) for name in NUMBER_MEMBERS if name in values]
+        formats = event_format, output_format
+        return cls(kind, prefix, suffix, inner, text_column, numbers, *formats, columns)
 
     def copy(self, blocks: bytes, frame_number: int) -> tuple[int, int, str, bytes] | None:
         """Copies the deltas at the beginning of complete events; None if the first is another.
@@ -7164,7 +7168,7 @@ class Template:
         if end < len(prefix) or not blocks.startswith(prefix):
             return None
         inside, size = blocks[len(prefix) : end], end + len(suffix)
-        width, text_index = len(self.members), self.members.index("text")
+        width = len(self.inner) + 1
         if width == 1:
             values = texts = inside.split(suffix + prefix)
         else:
@@ -7172,13 +7176,13 @@ class Template:
             for constant in self.inner:
                 inside = inside.replace(constant, b"\n")
             values = inside.split(b"\n")
-            texts = values[text_index::width]
+            if not self.is_exact(values, blocks[:size]):
+                return None
+            texts = values[self.text_column :: width]
         count = len(texts)
         # The blank between values makes an escape that is split across two of them invalid.
         joined = b" ".join(values)
         if b"" in texts or not UNESCAPED_TEXT.fullmatch(joined):
-            return None
-        if width > 1 and not self.is_exact(values, blocks[:size]):
             return None
         try:
             text = joined.decode()
@@ -7190,24 +7194,24 @@ class Template:
             text = json_decoder.scan_once(f'"{text}"', 0)[0]
             if b"\\u" in joined or b"\\/" in joined:
                 texts = list(map(unescape_text, texts))
-                values[text_index::width] = texts
+                values[self.text_column :: width] = texts
         output_values: list[Any] = texts
-        if len(self.output_columns) != 1:
-            columns = len(self.output_columns)
+        columns = len(self.output_columns)
+        if columns != 1:
             output_values = [b""] * (count * columns)
+            numbers = range(frame_number, frame_number + count)
             for index, column in enumerate(self.output_columns):
-                numbers = range(frame_number, frame_number + count)
                 output_values[index::columns] = numbers if column < 0 else values[column::width]
         return size, count, text, self.output_format * count % tuple(output_values)
 
     def is_exact(self, values: list[bytes], events: bytes) -> bool:
         """Whether these are the values of `events`, and their numbers are such."""
-        count, excess = divmod(len(values), len(self.members))
+        width = len(self.inner) + 1
+        count, excess = divmod(len(values), width)
         if excess or self.event_format * count % tuple(values) != events:
             return False
-        names = [name for name in self.members if name in NUMBER_MEMBERS]
-        columns = (values[self.members.index(name) :: len(self.members)] for name in names)
-        return all(NUMBERS.fullmatch(b",".join(numbers)) for numbers in columns)
+        columns = [b",".join(values[column::width]) for column in self.number_columns]
+        return all(map(NUMBERS.fullmatch, columns))
 
 
 @dataclass(slots=True)
