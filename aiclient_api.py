@@ -1592,17 +1592,21 @@ def head_lines(data: bytes) -> list[str]:
     return lines[:-2]
 
 
+@functools.lru_cache(maxsize=64)  # most clients send the same, and open streams share them
+def field_name(name: str) -> str:
+    """In lower case; also refuses white space before the colon, and obsolete line folding."""
+    if not TOKEN.fullmatch(name):
+        raise WireError("malformed header field")
+    return name.lower()
+
+
 def parse_headers(lines: list[str]) -> Headers:
     if len(lines) > MAX_FIELDS:
         raise WireError(f"more than {MAX_FIELDS} header fields", 431)
     headers = Headers()
     for line in lines:
         name, colon, value = line.partition(":")
-        # Also refuses white space before the colon, and obsolete line folding.
-        if not colon or not TOKEN.fullmatch(name):
-            raise WireError("malformed header field")
-        name = name.lower()
-        value = value.strip(" \t")
+        name, value = field_name(name if colon else ""), value.strip(" \t")
         if name in headers:
             headers.repeated |= {name}
             value = f"{headers[name]}, {value}"
@@ -5593,8 +5597,10 @@ ITEM_DELTAS = {
     "response.refusal.delta": "refusal", "response.reasoning_summary_text.delta": "thinking",
     "response.function_call_arguments.delta": "tool",
 }  # fmt: skip
-CALL_DELTAS = {"response.custom_tool_call_input.delta": "input"}
-CALL_DELTAS["response.function_call_arguments.delta"] = "arguments"
+CALL_DELTAS = {
+    "response.custom_tool_call_input.delta": "input",
+    "response.function_call_arguments.delta": "arguments",
+}
 
 
 @dataclass(slots=True)
@@ -7301,12 +7307,13 @@ class StreamTranslator:
         self.unused_templates += self.template is not None
         self.template = None
         frames = self.framing.frames(blocks)
-        delta = self.upstream.read_delta(frames[-1]) if frames and self.may_copy else None
+        # Seldom where each event differs in more than its text.
+        is_likely = self.unused_templates < 4 or not self.frame_count % 8
+        may_copy = frames and self.may_copy and is_likely
+        delta = self.upstream.read_delta(frames[-1]) if may_copy else None
         frame = self.relay_frames(frames)
         if not delta or self.is_finished or self.frame_count < 2:
             return  # the first frame of a stream has fields of its own
-        if self.unused_templates >= FIRST_PARSED_EVENTS and self.frame_count % 8:
-            return  # each event differs in more than its text
         # Text that is not sent is thinking between tags, and searched for their end.
         is_silent = (
             isinstance(self.relay, Converter) and self.relay.is_silent and delta[0] != "text"
@@ -11523,6 +11530,7 @@ class UpstreamResponse:
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         connection = self.connection
+        self.headers = Headers()  # read by now, and the stream may be long
         if self.returned:
             sink(self.returned)
         if not self.finished:
@@ -11778,7 +11786,8 @@ class HttpClient:
             lambda: PooledConnection(origin),
             origin.host,
             origin.port,
-            happy_eyeballs_delay=0.25,
+            # A race costs 0.3 ms and leaves cycles; loopback refuses at once.
+            happy_eyeballs_delay=None if is_loopback(origin.host) else 0.25,
             **tls_options,
         )
         return connection
@@ -11913,7 +11922,7 @@ class ResponseWriter:
         self.connection = connection
         self.head = head
         self.chunked = chunked
-        self.last_at = asyncio.get_running_loop().time()
+        self.last_at = time.monotonic()
         #: called when the client's reading lags (True: pause the source) or has caught up (False)
         self.on_flow: Callable[[bool], None] = lambda _paused: None
         #: called when the server has to stop
@@ -11930,7 +11939,7 @@ class ResponseWriter:
         if not self.connection.response_started:
             self.connection.response_started = True
             data, self.head = self.head + data, b""
-        self.last_at = asyncio.get_running_loop().time()
+        self.last_at = time.monotonic()
         self.connection.transport.write(data)
 
 

@@ -34,7 +34,7 @@ def chat_stream(rng: random.Random) -> Iterator[Json]:
     extra: Json = rng.choice(
         [{}, {"usage": None}, {"usage": {"prompt_tokens": 3, "completion_tokens": 0}}, {"x": "y"}]
     )
-    role = rng.choice([{}, {"role": "assistant"}, {"refusal": None}])
+    role: Json = rng.choice([{}, {"role": "assistant"}, {"refusal": None}])
     ending: Json = rng.choice([{}, {"logprobs": None, "finish_reason": None}])
     has_padding, has_offsets = rng.random() < 0.3, rng.random() < 0.3
 
