@@ -7182,12 +7182,9 @@ class Template:
             texts = values[self.text_column :: width]
         # The blank between texts makes an escape that is split across two of them invalid.
         count, joined = len(texts), b" ".join(texts)
-        if b"" in texts:
-            return None
-        # All of the other values must be plain.
         odd_bytes = b"".join(values).translate(None, PLAIN_BYTES) if width > 1 else b""
-        if odd_bytes and odd_bytes != joined.translate(None, PLAIN_BYTES):
-            return None
+        if b"" in texts or (odd_bytes and odd_bytes != joined.translate(None, PLAIN_BYTES)):
+            return None  # all values but the texts must be plain
         try:
             text = read_json_text(joined)
             if count > 1:

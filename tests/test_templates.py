@@ -336,3 +336,29 @@ def test_copied_deltas_are_what_parsed_ones_are(upstream: str, client: str) -> N
             sent, found = played(upstream, client, reads, copies=True, **terms)
             assert found == expected, (round_, len(reads))
             assert sent == slow or not is_canonical or upstream == "kiro", round_
+
+
+class Calm(random.Random):
+    """Lets nothing unlikely happen."""
+
+    def random(self) -> float:
+        return 0.99
+
+
+@pytest.mark.parametrize("kind", ["text", "thinking", "arguments"])
+@pytest.mark.parametrize("client", DIALECTS)
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_a_run_of_deltas_is_copied(upstream: str, client: str, kind: str) -> None:
+    """The template that its first deltas give is not given up, so no later one is parsed."""
+    service, words = SERVICES[upstream](Calm(SEED)), [f'w{index} "é"\\' for index in range(40)]
+    rows = [*service.start()]
+    for word in words:
+        rows += service.delta(kind, 0, word)
+    flow = make_flow(upstream, client)
+    flow.feed(b"".join(rows[:10]))
+    template = flow.template
+    assert template is not None and template.kind == kind
+    for size in (1, 1, 16):
+        reads, rows = rows[10 : 10 + size], rows[size:]
+        sent = flow.feed(b"".join(reads))
+        assert flow.template is template and sent.count(b"\n\n") == size
