@@ -106,6 +106,9 @@ class Ends:
         self.events.append(event)
         return []
 
+    def track(self, kind: str, text: str) -> None:
+        raise NotImplementedError
+
 
 def converted(events: list[Any]) -> tuple[Converter, list[Any]]:
     """A converter that was given `events`, and the list of those that it passes on."""

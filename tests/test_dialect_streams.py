@@ -1252,9 +1252,9 @@ def test_a_run_of_plain_deltas_teaches_a_template_that_copies(upstream: str, cal
     assert learned is not None
     assert text_sent(sent) == "".join(texts)
     fresh = b"".join(rows[:50])
-    copied = learned.copy(fresh)
-    assert copied is not None and text_sent(copied[0]) == "".join(texts[:50])
-    assert flow.feed(fresh) == copied[0] and flow.template is learned
+    copied = learned.copy(fresh, 0)
+    assert copied is not None and text_sent(copied[3]) == "".join(texts[:50])
+    assert flow.feed(fresh) == copied[3] and flow.template is learned
 
 
 @pytest.mark.parametrize("upstream", CALLERS)

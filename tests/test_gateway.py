@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,17 @@ def test_a_bug_is_told_as_internal_and_leaves_a_traceback(
     assert reply.status == (200 if pieces else 500)
     assert "[DONE]" not in reply.text and "message_stop" not in reply.text
     assert "KeyError: 'content'" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_request_that_has_ended_is_freed_at_once(path: str, tmp_path: Path) -> None:
+    """No cycle of objects keeps it, and with it its body, for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        reply = asyncio.run(ask(gw.EchoProvider("echo"), path, str(tmp_path / "usage.db")))
+        kinds = (gw.Request, gw.Exchange, gw.StreamTranslator, gw.Response)
+        assert [o for o in gc.get_objects() if isinstance(o, kinds)] == []
+    finally:
+        gc.enable()
+    assert reply.complete and reply.status == 200

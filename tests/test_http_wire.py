@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import random
+import time
 import zlib
 
 import pytest
@@ -462,6 +464,49 @@ def test_a_doubtful_chunk_is_refused(data: bytes) -> None:
     with pytest.raises(WireError):
         for at in range(0, len(data), step):
             body.feed(data[at : at + step])
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n", b""], ids=["good", "bad", "cut"])
+def test_a_long_chunk_line_byte_by_byte_costs_time_in_line_with_its_size(end: bytes) -> None:
+    """Its extension is looked at when the line is there, not at each byte again."""
+    line = b"5;" + b"a" * (MAX_CHUNK_LINE_BYTES - 4) + end
+    body, begun = ChunkedBody(), time.process_time()
+    for at in range(len(line) - 1):
+        assert body.feed(line[at : at + 1]) == b""
+    took = time.process_time() - begun
+    begun = time.process_time()
+    for _ in range(1000):
+        with contextlib.suppress(WireError):
+            ChunkedBody().feed(line)
+    assert took < 10 * (time.process_time() - begun)
+    if end == b"\r\n":
+        assert body.feed(b"\nhello\r\n") == b"hello"
+    elif end:
+        with pytest.raises(WireError):
+            body.feed(b"\n")
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [b"5\r\nhello\r\n"],
+        [b"005\r\nhello\r\n"],
+        [b"5;a=b\r\nhello\r\n"],
+        [b"5\r\nhel", b"lo\r\n"],
+        [b"5\r\nhello", b"\r\n"],
+        [b"5", b"\r\nhello\r\n"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("last", [b"0\r\n\r\n", b"00;a\r\n\r\n", b"0\r\nA: b\r\n\r\n"], ids=str)
+def test_a_chunk_in_a_read_of_its_own_is_like_any_other(reads: list[bytes], last: bytes) -> None:
+    """Also the last one, which is empty."""
+    for _ in range(2):
+        body = ChunkedBody()
+        assert b"".join(map(body.feed, [*reads, *reads])) == b"hellohello"
+        assert not body.is_complete
+        assert body.feed(last) == b"" and body.is_complete and body.excess == b""
+        assert body.feed(b"5\r\nhello\r\n") == b"" and body.excess == b"5\r\nhello\r\n"
 
 
 def test_a_body_of_known_length_takes_no_more() -> None:

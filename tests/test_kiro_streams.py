@@ -1716,8 +1716,11 @@ def test_secrets_in_an_errors_words_are_not_shown() -> None:
 
 def test_plain_text_is_told_from_everything_else() -> None:
     """What may be copied without a look at it."""
-    assert KIRO.delta_text({"assistantResponseEvent": {"content": "x"}}) == "x"
-    assert KIRO.delta_text({"assistantResponseEvent": {"modelId": "m", "content": "x"}}) == "x"
+    assert KIRO.read_delta({"assistantResponseEvent": {"content": "x"}}) == ("text", "x")
+    assert KIRO.read_delta({"assistantResponseEvent": {"modelId": "m", "content": "x"}}) == (
+        "text",
+        "x",
+    )
     for odd in (
         {},
         {"codeEvent": {"content": "x"}},
@@ -1728,4 +1731,4 @@ def test_plain_text_is_told_from_everything_else() -> None:
         {"assistantResponseEvent": {"content": "x", "references": []}},
         {"error": {"content": "x"}},
     ):
-        assert KIRO.delta_text(copy.deepcopy(odd)) is None
+        assert KIRO.read_delta(copy.deepcopy(odd)) is None
