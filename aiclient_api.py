@@ -3730,7 +3730,7 @@ def fold_unions(schema: Json) -> Json:
             known = properties.get(name)
             properties[name] = merge_schemas(known, value) if isinstance(known, dict) else value
         counts = Counter(name for branch in branches for name in required_names(branch))
-        needed = len(schema.get(keyword) or ())
+        needed = len(schema[keyword]) if branches else 0
         required += [name for name in counts if counts[name] == needed or keyword == "allOf"]
     if properties or "properties" in schema:
         folded["properties"] = properties
