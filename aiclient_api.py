@@ -938,7 +938,7 @@ def redact(text: str, limit: int) -> str:
     """The first `limit` characters with secrets masked, even one that the limit cuts."""
     text = text[: limit + SECRET_MARGIN_CHARS]
     lower = text.lower()
-    if any(mark in lower for mark in SECRET_HINTS):
+    if any(map(lower.__contains__, SECRET_HINTS)):
         text = SECRET_PATTERNS.sub("[secret]", text)
     return text[:limit]
 
@@ -957,7 +957,7 @@ def mask_secrets(text: str, known_secrets: Iterable[str]) -> str:
 
 # ---- 4. Configuration --------------------------------------------------------------------------
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  # those of `logging`
 SETTING_TYPES: dict[str, tuple[Any, str]] = {
     "str": (str, "a string"),
     "int": (int, "an integer"),
@@ -10782,17 +10782,29 @@ class CacheGuard:
 UNQUOTED_VALUE = re.compile(r"[!#-<>-~]+")
 
 
+@functools.cache
+def event_logger() -> logging.Logger:
+    return logging.getLogger("aiclient-api")
+
+
+@functools.lru_cache(maxsize=1)
+def log_time(second: int) -> str:
+    """`2026-11-22T13:14:15`, formatted once a second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
 def log_event(level: str, event: str, **details: object) -> None:
     """Logs one line: `event key=value ...`.  Never pass content or a secret."""
-    logger = logging.getLogger("aiclient-api")
-    level_number = getattr(logging, level.upper())
+    logger, level_number = event_logger(), LOG_LEVELS[level]
     if not logger.isEnabledFor(level_number):
         return
-    parts = [event]
-    for key, value in details.items():
-        text = str(value)
-        parts.append(f"{key}={text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text)}")
-    logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
+    texts = list(map(str, details.values()))
+    if "" in texts or not UNQUOTED_VALUE.fullmatch("".join(texts)):
+        texts = [text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text) for text in texts]
+    line = " ".join([event, *map("{}={}".format, details, texts)])
+    line = redact(line, MAX_LOG_LINE)
+    # As `Logger.log` does, less the search for the caller.
+    logger.handle(logging.LogRecord(logger.name, level_number, "", 0, line, (), None))
 
 
 class LogFormatter:
@@ -10806,8 +10818,7 @@ class LogFormatter:
         self.secrets: Callable[[], Iterable[str]] = tuple
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        message = one_line(record.getMessage())
+        stamp, message = log_time(int(record.created)), one_line(record.getMessage())
         line = f"{stamp}.{int(record.msecs):03d}Z {record.levelname} {message}"
         if record.exc_info:
             trace = redact(logging.Formatter().formatException(record.exc_info), MAX_LOG_LINE)
@@ -10922,12 +10933,12 @@ def mask_in_log(secrets: Callable[[], Iterable[str]]) -> None:
 
 
 def set_log_level(level: str) -> None:
-    logging.getLogger().setLevel(getattr(logging, level.upper()))
+    logging.getLogger().setLevel(LOG_LEVELS[level])
 
 
 def internal_error(event: str) -> ApiError:
     """The error response to an unexpected exception; logs the traceback."""
-    logging.getLogger("aiclient-api").exception(event)
+    event_logger().exception(event)
     return ApiError("Internal error; see the log of the gateway.")
 
 
@@ -10957,7 +10968,7 @@ class Ticker:
                 watcher(now)
             except Exception:  # noqa: BLE001 - one bug must not disable every deadline
                 self.watchers.discard(watcher)
-                logging.getLogger("aiclient-api").exception("a ticker callback failed")
+                event_logger().exception("a ticker callback failed")
         self.timer = loop.call_later(TICK_SECONDS, self.tick) if self.watchers else None
 
 
@@ -11958,6 +11969,8 @@ class Server:
         """Takes ownership of the sockets."""
         loop = asyncio.get_running_loop()
         for listener in listeners:
+            # Inherited by what it accepts.  asyncio only sets it where the protocol is named TCP.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             server = await loop.create_server(
                 lambda: ServerConnection(self), sock=listener, backlog=LISTEN_BACKLOG
             )
@@ -17593,7 +17606,7 @@ class ControlServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """Also called if no thread could be started; `finish_request` has not returned."""
                 slots.release()
-                logging.getLogger("aiclient-api").exception("a control client failed")
+                event_logger().exception("a control client failed")
 
         new_path = path + SOCKET_SUFFIX
         with os_error_as(f"{path}: cannot be created"):
