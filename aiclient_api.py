@@ -1525,8 +1525,6 @@ def change_setting(text: str, source: str, key: str, value: str) -> str:
 # bytes differently allow request smuggling, so anything ambiguous is refused.
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-# CTLs other than HTAB (RFC 9110 section 5.5); CR and LF are checked apart, against the line ends.
-FORBIDDEN_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
@@ -1536,6 +1534,8 @@ CHUNK_LINE = re.compile(
 )
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HEAD_END = re.compile(rb"\n\r?\n")
+# Without CTLs other than HTAB (RFC 9110 section 5.5).
+HEAD_LINES = re.compile("(?:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 HEADER_BREAKS = re.compile(r"[\r\n\0]")
 NO_BODY_STATUSES = (204, 304)
@@ -1579,10 +1579,9 @@ def head_lines(data: bytes) -> list[str]:
     """The lines of a complete head; raises WireError on control characters and stray CR or LF."""
     text = data.decode("latin-1")
     lines = text.split("\r\n")
-    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
-        raise WireError("bare CR or LF in the head")
-    if FORBIDDEN_CONTROLS.search(text):
-        raise WireError("control character in the head")
+    if not HEAD_LINES.fullmatch(text):
+        is_bare = text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1
+        raise WireError(f"{'bare CR or LF' if is_bare else 'control character'} in the head")
     return lines[:-2]
 
 
@@ -1793,13 +1792,11 @@ def response_body(head: ResponseHead, method: str) -> Body:
 
 def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """A request or response head.  Values come only from tables, checked names and numbers."""
-    lines = [first_line]
-    for name, value in headers:
-        if not value.isprintable() and HEADER_BREAKS.search(value):
-            raise ValueError(f"control character in header {name}")
-        lines.append(f"{name}: {value}")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1")
+    lines = [first_line, *map(": ".join, headers)]
+    for line in lines:
+        if not line.isprintable() and HEADER_BREAKS.search(line):
+            raise ValueError(f"control character in header {line.partition(':')[0]}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 @functools.cache
@@ -7296,7 +7293,7 @@ def model_spellings(name: str) -> list[str]:
     return list(dict.fromkeys(spellings))
 
 
-def find_model(name: str, models: dict[str, Model]) -> Model | None:
+def match_model(name: str, models: dict[str, Model]) -> Model | None:
     """In any usual spelling; for Claude 3, retired but still in use, the newest of its family."""
     if name in models:
         return models[name]
@@ -7313,7 +7310,7 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     if stripped == lowered:
         stripped = base.removesuffix("-1m")
     if stripped != lowered:
-        return find_model(stripped, models)
+        return match_model(stripped, models)
     retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
     prefix = f"claude-{retired[1]}-" if retired else "\0"
     return max(
@@ -7321,6 +7318,25 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
         key=lambda model: (claude_version(model.id) or (0, 0), -len(model.id)),
         default=None,
     )
+
+
+class ModelList(dict[str, Model]):
+    """Models by id, never changed; `found` remembers what other names mean."""
+
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        super().__init__(models)
+        self.found: dict[str, Model | None] = {}
+
+
+def find_model(name: str, models: dict[str, Model]) -> Model | None:
+    """`match_model`, once for each name of a ModelList."""
+    if name in models or not isinstance(models, ModelList):
+        return match_model(name, models)
+    if name not in models.found:
+        if len(models.found) >= MAX_LISTED_MODELS:
+            models.found.clear()
+        models.found[name] = match_model(name, models)
+    return models.found[name]
 
 
 def implied_effort(name: str, model: Model) -> str | None:
@@ -9958,7 +9974,7 @@ class Router:
             if provider not in self.enabled:
                 raise self.not_found(name, catalogues)
         model = owners.get(provider) or find_model(name, catalogues.get(provider, {}))
-        return route._replace(provider=provider), model
+        return Route(provider, name, route.explicit), model
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
         model_ids = [model for models in catalogues.values() for model in models]
@@ -10057,10 +10073,13 @@ class UsageRecord:
 
     def normalize(self) -> None:
         """Makes it fit for the database: names bounded and printable, figures in range."""
-        for name in (*USAGE_NAMES, "dialect", "kind"):
-            setattr(self, name, one_line(getattr(self, name)[:MAX_NAME_CHARS]))
-        figures = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
-        for name in figures:
+        names = (*USAGE_NAMES, "dialect", "kind")
+        texts = [getattr(self, name) for name in names]
+        joined = "".join(texts)
+        if len(joined) > MAX_NAME_CHARS or one_line(joined) != joined:
+            for name, text in zip(names, texts, strict=True):
+                setattr(self, name, one_line(text[:MAX_NAME_CHARS]))
+        for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
             figure = getattr(self.usage, name)
             if not 0 <= figure <= MAX_FIGURE:
                 self.usage = replace(self.usage, **{name: min(max(figure, 0), MAX_FIGURE)})
@@ -10154,9 +10173,14 @@ class NameTable:
         return name
 
 
+@functools.lru_cache(maxsize=8)
+def day_of_second(second: int) -> str:
+    return dt.date.fromtimestamp(second).isoformat()
+
+
 def local_day(moment: float) -> str:
     """The day in the local time zone: 2026-11-22."""
-    return dt.date.fromtimestamp(moment).isoformat()
+    return day_of_second(math.floor(moment))
 
 
 # ?by= -> (the columns to group by, which are also their names in a row)
@@ -10807,15 +10831,24 @@ def log_event(level: str, event: str, **details: object) -> None:
     logger.handle(logging.LogRecord(logger.name, level_number, "", 0, line, (), None))
 
 
-class LogFormatter:
-    """`2026-11-22T13:14:15.123Z INFO event key=value`, without secrets.
+class LogHandler:
+    """Writes `2026-11-22T13:14:15.123Z INFO event key=value`, without secrets.
 
     A traceback follows its line, indented, so that no line of it looks like an event.
+    `logging` needs no more of a handler than this, and its own takes ten calls for a line.
     """
 
-    def __init__(self) -> None:
+    level = 0  # everything
+
+    def __init__(self, stream: TextIO | LogFile) -> None:
+        self.stream = stream
         #: returns the tokens and keys in use, whatever their form
         self.secrets: Callable[[], Iterable[str]] = tuple
+
+    def handle(self, record: logging.LogRecord) -> None:
+        # No report of a line that cannot be written: there is nowhere to write it.
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(self.format(record) + "\n")
 
     def format(self, record: logging.LogRecord) -> str:
         stamp, message = log_time(int(record.created)), one_line(record.getMessage())
@@ -10854,7 +10887,7 @@ def check_link(path: str) -> None:
 
 
 class LogFile:
-    """A log file for a StreamHandler: rotated by size, reopened after it was moved away.
+    """A log file for a LogHandler: rotated by size, reopened after it was moved away.
 
     A line that cannot be written is dropped and counted: a full disk must not stop the gateway.
     With `is_stderr` standard error goes to the same file, which catches Python's own messages.
@@ -10913,14 +10946,12 @@ class LogFile:
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
-    handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
-    handler.setFormatter(LogFormatter())  # type: ignore[arg-type]  # logging is lazy
-    logging.getLogger().handlers[:] = [handler]
+    handlers: list[Any] = logging.getLogger().handlers
+    handlers[:] = [LogHandler(file or sys.stderr)]
     set_log_level(level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # The documented way to skip what no line shows (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.raiseExceptions = False  # no report of lines that cannot be written
     setattr(logging, "_srcfile", None)  # noqa: B010 - see the same page
     return file
 
@@ -10928,8 +10959,8 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
 def mask_in_log(secrets: Callable[[], Iterable[str]]) -> None:
     """Masks what `secrets` returns, called for each line."""
     for handler in logging.getLogger().handlers:
-        if isinstance(handler.formatter, LogFormatter):
-            handler.formatter.secrets = secrets
+        if isinstance(handler, LogHandler):
+            handler.secrets = secrets
 
 
 def set_log_level(level: str) -> None:
@@ -10986,6 +11017,7 @@ class StreamProtocol(ProtocolBase):
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
+        self.loop = asyncio.get_running_loop()
         self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
         #: the peer has sent EOF; the connection is lost, with its error
@@ -11050,7 +11082,7 @@ class StreamProtocol(ProtocolBase):
             self.waiter.set_result(None)
 
     def next_change(self) -> asyncio.Future[None]:
-        self.waiter = asyncio.get_running_loop().create_future()
+        self.waiter = asyncio.Future(loop=self.loop)
         return self.waiter
 
     async def receive(self) -> None:
@@ -11059,7 +11091,7 @@ class StreamProtocol(ProtocolBase):
             self.update_reading()
         size = len(self.buffer)
         while len(self.buffer) == size:
-            if self.is_disconnected:
+            if self.at_eof or self.lost:
                 raise self.error or EOFError
             await self.next_change()
 
@@ -11203,9 +11235,9 @@ class UpstreamResponse:
         #: no more is delivered: the body is complete, or was stopped
         self.finished = body.is_complete or self.error is not None
         self.returned = b""  # by `push_back`
-        self.last_received_at = asyncio.get_running_loop().time()
+        self.last_received_at = time.monotonic()
         self.linger_timer: asyncio.TimerHandle | None = None
-        client.ticker.add(self.watch)
+        client.watchers.add(self.watch)
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
@@ -11295,18 +11327,18 @@ class UpstreamResponse:
             raise self.error
 
     def close(self, is_complete: bool) -> None:
-        self.client.ticker.discard(self.watch)
+        self.client.watchers.discard(self.watch)
         connection = self.connection
         connection.sink = self.read_tail
-        connection.hold(False)
+        if connection.reading_paused:
+            connection.hold(False)
         is_reusable = self.keep_alive and not self.error and not connection.is_disconnected
         if not is_reusable or not (is_complete or self.body.is_complete):
             self.release()
             return
         if not self.body.is_complete:
             # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            loop = asyncio.get_running_loop()
-            self.linger_timer = loop.call_later(LINGER_SECONDS, self.release)
+            self.linger_timer = connection.loop.call_later(LINGER_SECONDS, self.release)
         self.read_tail(connection.read_buffer())
 
     def read_tail(self, data: bytes) -> None:
@@ -11324,7 +11356,7 @@ class UpstreamResponse:
             self.linger_timer.cancel()
         self.connection.sink = None
         if reusable:
-            self.client.pool.release(self.connection, asyncio.get_running_loop().time())
+            self.client.pool.release(self.connection, time.monotonic())
         else:
             self.connection.transport.abort()
 
@@ -11361,7 +11393,7 @@ class PooledConnection(StreamProtocol):
         if isinstance(error, EOFError):
             unsent = count_unsent(self.transport.get_extra_info("socket"))
             return unsent + self.transport.get_write_buffer_size() >= len(message)
-        return asyncio.get_running_loop().time() - sent_at < RESET_SECONDS
+        return time.monotonic() - sent_at < RESET_SECONDS
 
 
 SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
@@ -11411,6 +11443,8 @@ class HttpClient:
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
+        #: for the requests in flight: the client's own watcher keeps the ticker running
+        self.watchers = ticker.watchers
 
     def close(self) -> None:
         self.ticker.discard(self.watch)
@@ -11459,7 +11493,7 @@ class HttpClient:
         origin, host, path = self.plan(url)
         length_header = [("Content-Length", str(len(body)))] if body or method == "POST" else []
         limit_s = first_byte_s or self.network.first_byte_seconds
-        connection = self.pool.acquire(origin, asyncio.get_running_loop().time())
+        connection = self.pool.acquire(origin, time.monotonic())
         while True:
             connection = connection or await self.connect(origin)
             all_headers = [("Host", host), *headers().items(), *length_header]
@@ -11474,18 +11508,25 @@ class HttpClient:
     ) -> UpstreamResponse | None:
         """One request on one connection; None if it was stale and another may be tried."""
         host = connection.origin.host
-        sent_at = asyncio.get_running_loop().time()
-        connection.has_received = False
+        sent_at = time.monotonic()
+        connection.has_received = is_late = False
         response: UpstreamResponse | None = None
+
+        def watch(now: float) -> None:
+            nonlocal is_late
+            if now - sent_at > limit_s:
+                is_late = True
+                connection.transport.abort()
+
+        self.watchers.add(watch)
         try:
-            async with asyncio.timeout(limit_s):
-                connection.transport.write(message)
-                head = await self.read_head(connection)
+            connection.transport.write(message)
+            head = await self.read_head(connection)
             response = UpstreamResponse(self, connection, head, response_body(head, method))
             return response
-        except TimeoutError:
-            raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
+            if is_late:
+                raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
             may_be_stale = connection.is_reused and not connection.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             if may_be_stale and was_unread:
@@ -11495,6 +11536,7 @@ class HttpClient:
         except WireError as error:
             raise UpstreamError(f"{host} sent a malformed response: {error}.") from None
         finally:
+            self.watchers.discard(watch)
             if response is None:
                 connection.transport.abort()
 
@@ -11620,6 +11662,8 @@ class Request(RequestHead):
     started_at = 0.0
     #: the label of its API key, or ""
     key_name = ""
+    #: whose usage it is, once asked for
+    label = ""
     #: its usage, once known
     usage_record: UsageRecord | None = None
 
@@ -11664,7 +11708,8 @@ class Request(RequestHead):
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
         connection.allows_half_close = patient
-        connection.notify()
+        if connection.at_eof or connection.lost:
+            connection.notify()
 
 
 class ResponseWriter:
@@ -11674,24 +11719,27 @@ class ResponseWriter:
         self.connection = connection
         self.head = head
         self.chunked = chunked
-        self.last_at = asyncio.get_running_loop().time()
+        self.tail = b""  #: the last bytes, sent together with the end of the body
+        self.last_at = time.monotonic()
         #: called when the client's reading lags (True: pause the source) or has caught up (False)
         self.on_flow: Callable[[bool], None] = lambda _paused: None
         #: called when the server has to stop
         self.on_stop: Callable[[], None] = lambda: None
 
-    def write(self, data: bytes) -> None:
-        if data:
+    def write(self, data: bytes, is_last: bool = False) -> None:
+        if is_last:
+            self.tail += data
+        elif data:
             self.send(write_chunk(data) if self.chunked else data)
 
     def finish(self) -> None:
-        self.send(LAST_CHUNK if self.chunked else b"")
+        self.send(write_chunk(self.tail) + LAST_CHUNK if self.chunked else self.tail)
 
     def send(self, data: bytes) -> None:
         if not self.connection.response_started:
             self.connection.response_started = True
             data = self.head + data
-        self.last_at = asyncio.get_running_loop().time()
+        self.last_at = time.monotonic()
         self.connection.transport.write(data)
 
 
@@ -11719,6 +11767,7 @@ class ServerConnection(StreamProtocol):
         self.progress_at = 0.0
         self.unsent = 0
         self.closing = False
+        self.sink = self.start
         #: idle, head, body or busy: what the deadline is for
         self.start_phase("head", server.config.head_seconds)
 
@@ -11731,9 +11780,23 @@ class ServerConnection(StreamProtocol):
             self.peer = address[0]
         self.server.accept(self)
 
+    def start(self, data: bytes) -> None:
+        """The first bytes: a task only now, as it would at once have to wait for them."""
+        self.sink = None
+        self.data_received(data)
+        self.run(self.serve())
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        self.task = self.loop.create_task(work)
+        self.task.add_done_callback(lambda _task: self.server.forget(self))
+
     def notify(self) -> None:
         """A client that has half-closed may still be reading."""
         super().notify()
+        if self.task is None and self.is_disconnected:  # without a byte
+            self.sink = None
+            self.transport.close()
+            self.server.forget(self)
         target = self.hangup_target
         if target is not None and (self.lost or (self.at_eof and not self.allows_half_close)):
             self.hangup_target = None
@@ -11747,7 +11810,7 @@ class ServerConnection(StreamProtocol):
     def start_phase(self, phase: str, seconds: float) -> None:
         """Starts a phase whose deadline later bytes do not extend."""
         self.phase = phase
-        self.due_at = asyncio.get_running_loop().time() + seconds
+        self.due_at = time.monotonic() + seconds
 
     def watch(self, now: float) -> None:
         if self.is_stalled(now):
@@ -11787,7 +11850,8 @@ class ServerConnection(StreamProtocol):
             await self.close_with_error(internal_error("connection failed"))
         finally:
             self.transport.close()
-        await self.wait_closed()  # a slow client may still be receiving
+        if self.transport.get_write_buffer_size():  # a slow client is still receiving
+            await self.wait_closed()
 
     async def read_head(self) -> RequestHead:
         """Raises WireError; EOFError or OSError when the client disconnects."""
@@ -11848,8 +11912,10 @@ class ServerConnection(StreamProtocol):
             if not body.is_complete:  # what has arrived of an unread body is discarded
                 body.feed(self.read_buffer())
                 self.buffer += body.excess
-            keep_alive = head.minor > 0 or head.headers.has_token("connection", "keep-alive")
-            wants_close = not keep_alive or head.headers.has_token("connection", "close")
+            wants_close = head.minor == 0
+            if "connection" in head.headers:
+                keep_alive = head.minor > 0 or head.headers.has_token("connection", "keep-alive")
+                wants_close = not keep_alive or head.headers.has_token("connection", "close")
             self.closing |= self.server.closing or not body.is_complete or wants_close
             await self.respond(request, response)
         finally:
@@ -11871,7 +11937,8 @@ class ServerConnection(StreamProtocol):
             await response.stream(self.writer)
             self.writer.finish()
             self.writer = None
-        await self.drain()
+        if self.writing_paused:
+            await self.drain()
 
     def send_buffered(self, response: Response, is_bodyless: bool = False) -> None:
         self.response_started = True
@@ -11980,20 +12047,17 @@ class Server:
         return sum(connection.request is not None for connection in self.connections)
 
     def accept(self, connection: ServerConnection) -> None:
-        loop = asyncio.get_running_loop()
         if self.draining or len(self.connections) >= self.config.max_connections:
             busy = Busy("Too many connections.", retry_after=1)
-            connection.task = loop.create_task(connection.close_with_error(busy))
+            connection.sink = None
+            connection.run(connection.close_with_error(busy))
             return
-
-        def forget(_task: asyncio.Task[None]) -> None:
-            self.connections.discard(connection)
-            self.ticker.discard(connection.watch)
-
         self.connections.add(connection)
         self.ticker.add(connection.watch)
-        connection.task = loop.create_task(connection.serve())
-        connection.task.add_done_callback(forget)
+
+    def forget(self, connection: ServerConnection) -> None:
+        self.connections.discard(connection)
+        self.ticker.discard(connection.watch)
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -12919,7 +12983,7 @@ class Ledger:
             self.spending.add(record)
         self.metrics.observe(record)
         if self.due_at == math.inf:
-            self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
+            self.due_at = time.monotonic() + USAGE_WRITE_SECONDS
             self.ticker.add(self.tick)
 
     def count_waiting(self) -> int:
@@ -12984,7 +13048,7 @@ class Ledger:
     ) -> None:
         """Raises LimitReached at a cap or in a loop; `request`: a hash, None if already checked."""
         if request is not None:
-            self.guard.check(limits, request, asyncio.get_running_loop().time())
+            self.guard.check(limits, request, time.monotonic())
         if limits.providers or limits.labels:
             await self.read_spending()
             self.spending.check(limits, provider, label, time.time())
@@ -13079,7 +13143,7 @@ class Catalogue:
                 self.fetched_at = now
             elif self.built_in and not isinstance(reason, NotSignedIn):
                 log_event("warning", "models_unavailable", **facts)
-                self.models = self.built_in
+                self.models = ModelList(self.built_in)
                 self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
             else:
                 raise reason from None
@@ -13088,7 +13152,10 @@ class Catalogue:
         oldest, listed_at = self.fetched_at - MODELS_STALE_SECONDS, self.listed_at
         retained = {k: v for k, v in self.models.items() if listed_at.get(k, -math.inf) > oldest}
         self.listed_at |= dict.fromkeys(fetched, self.fetched_at)
-        self.models = {**retained, **fetched}
+        self.models = ModelList({**retained, **fetched})
+
+
+NO_CONTEXT = contextlib.nullcontext()
 
 
 @dataclass(slots=True, eq=False)
@@ -13169,9 +13236,12 @@ class Breaker:
                     )
                 raise error.with_hint(error.hint, wait_s)
 
-    @contextlib.contextmanager
-    def guarded(self, key: str) -> Iterator[None]:
+    def guarded(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Around one request: raises during a cool-down; success ends one."""
+        return self.probing(key) if self.cooldowns else NO_CONTEXT
+
+    @contextlib.contextmanager
+    def probing(self, key: str) -> Iterator[None]:
         self.check(key)
         probed = [self.cooldowns[k] for k in (key, "") if k in self.cooldowns]
         for cooldown in probed:
@@ -13623,7 +13693,7 @@ class Attempt(Generic[Token]):
     call: Call
     token: Token
     count: int = 0
-    taken: Counter[str] = field(default_factory=Counter)  #: by action; a pause counts as a wait
+    taken: dict[str, int] = field(default_factory=lambda: defaultdict(int))  #: by action; a pause counts as a wait
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
@@ -13974,9 +14044,11 @@ class CopilotAttempt(Attempt[CopilotToken]):
             betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
-        own_names = {name.lower() for name in headers}
-        model_headers = call.model.headers.items()
-        return headers | {name: v for name, v in model_headers if name not in own_names}
+        if call.model.headers:
+            own_names = {name.lower() for name in headers}
+            model_headers = call.model.headers.items()
+            headers |= {name: v for name, v in model_headers if name not in own_names}
+        return headers
 
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         provider, call = self.provider, self.call
@@ -16263,7 +16335,7 @@ class Gateway:
             hint = "See README.md for the endpoints."
             raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
         if endpoint.is_costly and method == "POST":
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             wait_s = self.limiter.wait_for(request.client, now)
             if wait_s > 0:
                 raise RateLimited("Too many requests from this address.", retry_after=wait_s)
@@ -16406,7 +16478,7 @@ class Gateway:
         first_byte_at: float | None = None,
     ) -> None:
         """Records a completion, successful or not; `first_byte_at` is monotonic."""
-        duration_s = asyncio.get_running_loop().time() - request.started_at
+        duration_s = time.monotonic() - request.started_at
         status, kind = failure_status(failure)
         price = None if usage.credits_source else price_nano_credits(model, usage)
         if price is not None:
@@ -16430,8 +16502,11 @@ class Gateway:
         self.ledger.record(request.usage_record)
 
     def label(self, request: Request) -> str:
-        user_agent = request.headers.get("user-agent", "")
-        return request.key_name or self.ledger.label(user_agent, self.config.limits)
+        if not request.label:
+            user_agent = request.headers.get("user-agent", "")
+            label = request.key_name or self.ledger.label(user_agent, self.config.limits)
+            request.label = label
+        return request.label
 
     async def post_count_tokens(self, request: Request) -> Response:
         """Estimated locally, without an upstream call: Claude Code asks in bursts."""
@@ -16458,9 +16533,11 @@ class Gateway:
         """The models of each provider; those whose list is unavailable are logged and left out."""
         listings = {name: provider.listed() for name, provider in self.providers.items()}
         available = {name: models for name, models in listings.items() if models is not None}
+        if len(available) == len(listings):
+            return available
         names = [name for name in listings if name not in available]
         requests = (self.providers[name].models() for name in names)
-        results = await asyncio.gather(*requests, return_exceptions=True) if names else ()
+        results = await asyncio.gather(*requests, return_exceptions=True)
         for name, result in zip(names, results, strict=True):
             if isinstance(result, ApiError):
                 level = "debug" if isinstance(result, NotSignedIn) else "warning"
@@ -16625,11 +16702,11 @@ class Gateway:
             catalogues = await self.catalogues()
             route, model = self.router.resolve(route, catalogues)
         provider = self.providers[route.provider]
+        model = model or find_model(route.model, provider.listed() or {})
         try:
-            with advising(provider):
-                for refresh in (False, True):
-                    if model is None:
-                        model = find_model(route.model, await provider.models(refresh=refresh))
+            for refresh in (False, True) if model is None else ():
+                with advising(provider):
+                    model = model or find_model(route.model, await provider.models(refresh))
         except (UpstreamError, UpstreamTimeout) as error:
             if not route.explicit:
                 raise
@@ -16762,9 +16839,23 @@ class Exchange:
         self.request.cancel_on_disconnect(True, self.provider.local)
         if not self.translator.stream:
             return await self.run_buffered()
-        opening = asyncio.ensure_future(self.open())
+        loop, ticker = asyncio.get_running_loop(), self.gateway.ticker
+        is_open, hold_until = loop.create_future(), time.monotonic() + hold_s
+
+        def stop_waiting(now: float = math.inf) -> None:
+            if now >= hold_until and not is_open.done():
+                is_open.set_result(None)
+
+        async def run_open() -> bytes:
+            try:
+                return await self.open()
+            finally:
+                stop_waiting()
+
+        opening = loop.create_task(run_open())
+        ticker.add(stop_waiting)
         try:
-            await asyncio.wait((opening,), timeout=hold_s)
+            await is_open
             if opening.done():
                 opening.result()
                 if self.translator.error and not self.translator.has_output:
@@ -16773,6 +16864,8 @@ class Exchange:
             await self.abandon(opening)
             self.finish(error)
             raise
+        finally:
+            ticker.discard(stop_waiting)
         return Response(
             200,
             headers={
@@ -16794,10 +16887,13 @@ class Exchange:
 
     async def open(self) -> bytes:
         """Returns the client's first bytes, or all of them if the upstream does not stream."""
-        with advising(self.provider):
+        try:
             self.source = await self.provider.open(self.call)
+        except NotSignedIn:
+            with advising(self.provider):
+                raise
         piece = await self.source.read_some()
-        self.first_byte_at = asyncio.get_running_loop().time()
+        self.first_byte_at = time.monotonic()
         if piece.lstrip()[:1] == b"{":
             return await self.open_buffered(piece)
         translator = self.translator
@@ -16851,7 +16947,8 @@ class Exchange:
                 writer.write(translator.ping())
 
         def on_data(data: bytes) -> None:
-            writer.write(translator.feed(data))
+            output = translator.feed(data)
+            writer.write(output, translator.is_finished)
             if translator.is_finished and self.source is not None:
                 self.source.stop()
 
@@ -16865,17 +16962,17 @@ class Exchange:
             assert self.source is not None
             writer.on_flow = self.source.hold
             writer.on_stop = self.stop
-            writer.write(first)
+            writer.write(first, translator.is_finished)
             if not translator.is_finished:
                 await self.source.relay(on_data)
-            writer.write(translator.end())
+            writer.write(translator.end(), is_last=True)
             failure = translator.error
         except ApiError as error:
             failure = error
-            writer.write(translator.end(error))
+            writer.write(translator.end(error), is_last=True)
         except Exception:  # noqa: BLE001 - a bug: the client gets an error event
             failure = internal_error("a response could not be processed")
-            writer.write(translator.end(failure))
+            writer.write(translator.end(failure), is_last=True)
         except BaseException as error:
             failure = error
             raise
