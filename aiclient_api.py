@@ -12001,6 +12001,9 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
             if error.errno not in UNAVAILABLE_ADDRESS_ERRORS:
                 break
         else:
+            # Accepted sockets inherit it; asyncio sets it only where the socket names its protocol.
+            # With Nagle's algorithm a response of several writes waits 40 ms for an ACK.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             listeners.append(listener)
             port = listener.getsockname()[1]
     else:
@@ -16199,14 +16202,20 @@ PUBLIC_STATUS = (
 )  # fmt: skip
 
 
-def read_api_key(headers: Headers) -> str | None:
-    """The key a request carries; raises InvalidKey if a header with a key is repeated."""
-    if {"authorization", "x-api-key", "api-key"} & headers.repeated:
+KEY_HEADERS = ("authorization", "x-api-key", "api-key")
+
+
+def read_api_keys(headers: Headers) -> list[str]:
+    """The keys a request carries; raises InvalidKey if a header with a key is repeated.
+
+    Each of them counts: Claude Desktop sends a token of its own in `Authorization` beside the
+    gateway's key in `x-api-key` (seen in 2026-11).
+    """
+    if not headers.repeated.isdisjoint(KEY_HEADERS):
         raise InvalidKey("More than one key was sent.")
     scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip(" ")
-    return headers.get("x-api-key", headers.get("api-key"))
+    keys = [value.strip(" ")] if scheme.lower() == "bearer" else []
+    return keys + [headers[name] for name in KEY_HEADERS[1:] if name in headers]
 
 
 def error_headers(error: ApiError) -> dict[str, str]:
@@ -16348,8 +16357,13 @@ class Gateway:
     def check_key(self, request: Request) -> str:
         """The name of the request's key; raises InvalidKey."""
         # latin-1 restores the bytes that were sent
-        sent_key = (read_api_key(request.headers) or "").encode("latin-1")
-        matches = [name for name, key in self.keys.items() if hmac.compare_digest(sent_key, key)]
+        sent_keys = [key.encode("latin-1") for key in read_api_keys(request.headers)]
+        matches = [
+            name
+            for sent_key in sent_keys
+            for name, key in self.keys.items()
+            if hmac.compare_digest(sent_key, key)
+        ]
         if matches:
             return matches[0]
         raise InvalidKey(

@@ -1,8 +1,10 @@
-"""Section 17 in one process: what a client is told of a bug."""
+"""Section 17 in one process: what a client is told of a bug; small writes leave at once."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,16 @@ async def ask(provider: gw.Provider, path: str, usage_file: str) -> Reply:
     await ledger.close()
     (reply,) = parse_responses(received)
     return reply
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_accepted_connections_send_small_writes_at_once(host: str) -> None:
+    with contextlib.ExitStack() as stack:
+        for listener in gw.open_listeners(host, 0):
+            stack.enter_context(listener)
+            stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
+            accepted = stack.enter_context(listener.accept()[0])
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])

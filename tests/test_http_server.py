@@ -1569,7 +1569,27 @@ def test_the_right_key_opens_in_either_field(
     assert checked(locked.request("GET", "/v1/models", headers=[field])).status == 200
 
 
+RIGHT_KEY = ("x-api-key", KEY)
+#: Claude Desktop sends a token of its own beside the gateway's key.
+KEYS_BESIDE_OTHERS: dict[str, list[tuple[str, str]]] = {
+    "another bearer": [("Authorization", "Bearer sk-ant-oat01-other"), RIGHT_KEY],
+    "basic": [RIGHT_KEY, ("Authorization", "Basic dTpw")],
+    "an empty bearer": [("Authorization", "Bearer "), RIGHT_KEY],
+    "another x-api-key": [("x-api-key", "other"), ("Authorization", f"Bearer {KEY}")],
+    "api-key": [("Authorization", "Bearer other"), ("x-api-key", "other"), ("api-key", KEY)],
+}
+
+
+@DIALECTS
+@pytest.mark.parametrize("fields", KEYS_BESIDE_OTHERS.values(), ids=KEYS_BESIDE_OTHERS.keys())
+def test_the_right_key_opens_beside_another_credential(
+    locked: Gateway, path: str, fields: list[tuple[str, str]]
+) -> None:
+    assert "hi" in said(checked(locked.request("POST", path, asking("hi"), fields)))
+
+
 WRONG_KEYS: dict[str, list[tuple[str, str]]] = {
+    "two wrong ones": [("x-api-key", "other"), ("Authorization", "Bearer another")],
     "none": [],
     "another": [("Authorization", "Bearer another")],
     "prefix": [("Authorization", f"Bearer {KEY[:-1]}")],
