@@ -1793,9 +1793,8 @@ def response_body(head: ResponseHead, method: str) -> Body:
 def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """A request or response head.  Values come only from tables, checked names and numbers."""
     lines = [first_line, *map(": ".join, headers)]
-    for line in lines:
-        if not line.isprintable() and HEADER_BREAKS.search(line):
-            raise ValueError(f"control character in header {line.partition(':')[0]}")
+    if not "".join(lines).isprintable() and any(map(HEADER_BREAKS.search, lines)):
+        raise ValueError("control character in a header")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -12039,8 +12038,6 @@ class Server:
         """Takes ownership of the sockets."""
         loop = asyncio.get_running_loop()
         for listener in listeners:
-            # Inherited by what it accepts.  asyncio only sets it where the protocol is named TCP.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             server = await loop.create_server(
                 lambda: ServerConnection(self), sock=listener, backlog=LISTEN_BACKLOG
             )
@@ -17165,6 +17162,7 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
             listeners.append(socket.socket(fileno=fd))
         if listeners[-1].family not in (socket.AF_INET, socket.AF_INET6):
             raise ProgramError(f"descriptor {fd} is no TCP socket")
+        listeners[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as `open_listeners`
     if launch.activated:
         server.host, server.port = listeners[0].getsockname()[:2]
         check_exposure(config)
