@@ -1594,7 +1594,7 @@ def parse_headers(lines: list[str]) -> Headers:
         # Also refuses white space before the colon, and obsolete line folding.
         if not colon or not TOKEN.fullmatch(name):
             raise WireError("malformed header field")
-        name = name.lower()
+        name = sys.intern(name.lower())  # a stream keeps its heads
         value = value.strip(" \t")
         if name in headers:
             headers.repeated |= {name}
@@ -13605,8 +13605,8 @@ class AccountProvider(Provider, Generic[Token]):
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
 
-    async def token(self) -> Token:
-        return await self.account.get()
+    def token(self) -> Coroutine[Any, Any, Token]:
+        return self.account.get()
 
     async def ask(
         self, send: Callable[..., Awaitable[Json | RetryDecision]], *arguments: Any
@@ -13693,7 +13693,9 @@ class Attempt(Generic[Token]):
     call: Call
     token: Token
     count: int = 0
-    taken: dict[str, int] = field(default_factory=lambda: defaultdict(int))  #: by action; a pause counts as a wait
+    taken: dict[str, int] = field(
+        default_factory=lambda: defaultdict(int)
+    )  #: by action; a pause counts as a wait
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
