@@ -926,8 +926,7 @@ SECRET_PATTERNS = re.compile(
 )
 # In lower case: no pattern matches a text without one of these, and most log lines have none.
 SECRET_HINTS = (
-    "gho_", "ghp_", "ghs_", "ghu_", "ghr_", "github_pat_", "tid=", "bearer", "token", "aoa", "aor",
-    "ksk_", "eyj", "sk-",
+    "gh", "github_pat_", "tid=", "bearer", "token", "aoa", "aor", "ksk_", "eyj", "sk-",
 )  # fmt: skip
 SECRET_PREFIX_CHARS = 12  # characters by which a known secret is recognised
 MIN_SECRET_CHARS = 6  # a shorter one may occur in any text
@@ -4148,15 +4147,16 @@ class ChatWriter:
 
 # Added by Azure and Copilot: random padding and content-filter results.  Clients echo a message
 # with all its fields, and the upstream would refuse these.
-VENDOR_CHAT_FIELDS = (
+VENDOR_CHAT_FIELDS = frozenset((
     "content_filter_offsets", "content_filter_results", "copilot_annotations", "obfuscation",
     "padding", "prompt_filter_results", "copilot_usage",
-)  # fmt: skip
+))  # fmt: skip
 
 
 def drop_vendor_fields(holder: Json) -> None:
-    for key in VENDOR_CHAT_FIELDS:
-        holder.pop(key, None)
+    if not VENDOR_CHAT_FIELDS.isdisjoint(holder):
+        for key in VENDOR_CHAT_FIELDS:
+            holder.pop(key, None)
 
 
 def merge_deltas(deltas: Iterable[Json]) -> Json:
@@ -10824,7 +10824,7 @@ def log_event(level: str, event: str, **details: object) -> None:
     texts = list(map(str, details.values()))
     if "" in texts or not UNQUOTED_VALUE.fullmatch("".join(texts)):
         texts = [text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text) for text in texts]
-    line = " ".join([event, *map("{}={}".format, details, texts)])
+    line = " ".join([event, *map("=".join, zip(details, texts, strict=True))])
     line = redact(line, MAX_LOG_LINE)
     # As `Logger.log` does, less the search for the caller.
     logger.handle(logging.LogRecord(logger.name, level_number, "", 0, line, (), None))
@@ -16290,7 +16290,7 @@ class Gateway:
 
     async def handle(self, request: Request) -> Response:
         """Sets the request id; logs and counts the request once its response has been sent."""
-        now = asyncio.get_running_loop().time
+        now = time.monotonic
         request.started_at = now()
         request.id = "req_" + os.urandom(12).hex()
         try:
@@ -16762,7 +16762,7 @@ class Gateway:
         body_hash = hash(data)
         del data  # it may be large, and the response long
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
-        now = asyncio.get_running_loop().time
+        now = time.monotonic
         hold_deadline = now() + HOLD_LIST_SECONDS
 
         async def attempt(provider: Provider, model: Model) -> Response:
