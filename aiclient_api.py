@@ -102,6 +102,7 @@ import importlib.util
 import json
 import marshal
 import math
+import operator
 import os
 import re
 import stat
@@ -944,7 +945,7 @@ def redact(text: str, limit: int) -> str:
 
 def mask_secrets(text: str, known_secrets: Iterable[str]) -> str:
     """`text` without any of the `known_secrets`, even if only the beginning of one is left."""
-    for secret in known_secrets:
+    for secret in filter(None, known_secrets):
         prefix = secret[:SECRET_PREFIX_CHARS]
         index = text.find(prefix) if len(prefix) >= MIN_SECRET_CHARS else -1
         while index >= 0:
@@ -1584,16 +1585,27 @@ def head_lines(data: bytes) -> list[str]:
     return lines[:-2]
 
 
+@functools.lru_cache(maxsize=512)
+def field_name(name: str) -> str:
+    """In lower case; all heads share the few that are usual.  Raises WireError.
+
+    Also refuses white space before the colon, and obsolete line folding.
+    """
+    if not TOKEN.fullmatch(name):
+        raise WireError("malformed header field")
+    return name.lower()
+
+
 def parse_headers(lines: list[str]) -> Headers:
     if len(lines) > MAX_FIELDS:
         raise WireError(f"more than {MAX_FIELDS} header fields", 431)
     headers = Headers()
     for line in lines:
         name, colon, value = line.partition(":")
-        # Also refuses white space before the colon, and obsolete line folding.
-        if not colon or not TOKEN.fullmatch(name):
+        if not colon:
             raise WireError("malformed header field")
-        name = sys.intern(name.lower())  # a stream keeps its heads
+        # A long name must not stay in the cache.
+        name = field_name(name) if len(name) < 64 else field_name.__wrapped__(name)
         value = value.strip(" \t")
         if name in headers:
             headers.repeated |= {name}
@@ -1792,8 +1804,9 @@ def response_body(head: ResponseHead, method: str) -> Body:
 def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """A request or response head.  Values come only from tables, checked names and numbers."""
     lines = [first_line, *map(": ".join, headers)]
-    if not "".join(lines).isprintable() and any(map(HEADER_BREAKS.search, lines)):
-        raise ValueError("control character in a header")
+    if not "".join(lines).isprintable():
+        for line in filter(HEADER_BREAKS.search, lines):
+            raise ValueError(f"control character in header {line.partition(':')[0]}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -4351,11 +4364,12 @@ class ChatDialect(Dialect):
         chunks: defaultdict[int, list[Json]] = defaultdict(list)  # per choice
         for frame in frames:
             usage = frame.get("usage") or usage
-            extra = {key: value for key, value in frame.items() if key not in ("choices", "usage")}
-            response.update({**extra, "object": "chat.completion"})
+            response.update(frame)
             for choice in frame["choices"]:
                 chunks[choice["index"]].append(choice)
-        response["choices"] = []
+        for key in ("choices", "usage"):  # they come last
+            response.pop(key, None)
+        response |= {"object": "chat.completion", "choices": []}
         for index, choices in sorted(chunks.items()):
             message = merge_deltas(choice["delta"] for choice in choices)
             for call in message.get("tool_calls", ()):
@@ -10052,6 +10066,10 @@ USAGE_FIGURES = (
 )  # fmt: skip
 
 
+FIGURE_NAMES = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
+usage_figures = operator.attrgetter(*FIGURE_NAMES)
+
+
 @dataclass(slots=True)
 class UsageRecord:
     """What one request that reached a provider has used.  Never content."""
@@ -10072,16 +10090,15 @@ class UsageRecord:
 
     def normalize(self) -> None:
         """Makes it fit for the database: names bounded and printable, figures in range."""
-        names = (*USAGE_NAMES, "dialect", "kind")
-        texts = [getattr(self, name) for name in names]
+        texts = self.provider, self.account, self.model, self.label, self.dialect, self.kind
         joined = "".join(texts)
         if len(joined) > MAX_NAME_CHARS or one_line(joined) != joined:
-            for name, text in zip(names, texts, strict=True):
+            for name, text in zip((*USAGE_NAMES, "dialect", "kind"), texts, strict=True):
                 setattr(self, name, one_line(text[:MAX_NAME_CHARS]))
-        for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
-            figure = getattr(self.usage, name)
-            if not 0 <= figure <= MAX_FIGURE:
-                self.usage = replace(self.usage, **{name: min(max(figure, 0), MAX_FIGURE)})
+        figures = usage_figures(self.usage)
+        if min(figures) < 0 or max(figures) > MAX_FIGURE:
+            bounded = [min(max(figure, 0), MAX_FIGURE) for figure in figures]
+            self.usage = replace(self.usage, **dict(zip(FIGURE_NAMES, bounded, strict=True)))
 
     def row(self) -> Json:
         """A row of the usage database; `input_tokens` includes both caches."""
