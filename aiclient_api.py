@@ -1832,6 +1832,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 # zlib's wbits; 47 detects zlib or gzip by its header.
 GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
+CODING_WBITS = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}
 
 
 def decompress(decompressor: zlib._Decompress, data: bytes, limit: int) -> bytes:
@@ -4228,7 +4229,8 @@ class ChatRelay:
             raise read_stream_error(frame["error"])
         if frame.get("type") == "[DONE]":
             return self.end()
-        if read_usage(frame, CHAT_USAGE, self.usage):
+        has_usage = frame.get("usage") or "copilot_usage" in frame
+        if has_usage and read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
         choices = get_dicts(frame, "choices")
         if not choices:
@@ -11243,7 +11245,7 @@ class UpstreamResponse:
         self.keep_alive = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
         # All requests ask for identity, but a middlebox may compress all the same.
-        wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
+        wbits = CODING_WBITS.get(coding)
         self.decompressor = zlib.decompressobj(wbits) if wbits else None
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
@@ -11597,7 +11599,8 @@ class HttpClient:
             lambda: PooledConnection(origin),
             origin.host,
             origin.port,
-            happy_eyeballs_delay=0.25,
+            # Nothing to win on loopback, and each race leaves garbage.
+            happy_eyeballs_delay=None if is_loopback(origin.host) else 0.25,
             **tls_options,
         )
         return connection
@@ -11754,7 +11757,7 @@ class ResponseWriter:
     def send(self, data: bytes) -> None:
         if not self.connection.response_started:
             self.connection.response_started = True
-            data = self.head + data
+            data, self.head = self.head + data, b""
         self.last_at = time.monotonic()
         self.connection.transport.write(data)
 
@@ -11804,7 +11807,10 @@ class ServerConnection(StreamProtocol):
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         self.task = self.loop.create_task(work)
-        self.task.add_done_callback(lambda _task: self.server.forget(self))
+        self.task.add_done_callback(self.on_done)
+
+    def on_done(self, _task: asyncio.Task[None]) -> None:
+        self.server.forget(self)
 
     def notify(self) -> None:
         """A client that has half-closed may still be reading."""
@@ -16247,9 +16253,9 @@ def error_headers(error: ApiError) -> dict[str, str]:
 
 
 DIALECT_PREFIXES: dict[str, Dialect] = {
+    "/v1/chat": CHAT,
     "/v1/messages": MESSAGES,
     "/v1/responses": RESPONSES,
-    "/v1/chat": CHAT,
     "/v1/embeddings": CHAT,
 }
 
