@@ -102,7 +102,6 @@ import importlib.util
 import json
 import marshal
 import math
-import operator
 import os
 import re
 import stat
@@ -1587,10 +1586,7 @@ def head_lines(data: bytes) -> list[str]:
 
 @functools.lru_cache(maxsize=512)
 def field_name(name: str) -> str:
-    """In lower case; all heads share the few that are usual.  Raises WireError.
-
-    Also refuses white space before the colon, and obsolete line folding.
-    """
+    """In lower case; also refuses white space before the colon, and obsolete line folding."""
     if not TOKEN.fullmatch(name):
         raise WireError("malformed header field")
     return name.lower()
@@ -1832,7 +1828,6 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 # zlib's wbits; 47 detects zlib or gzip by its header.
 GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
-CODING_WBITS = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}
 
 
 def decompress(decompressor: zlib._Decompress, data: bytes, limit: int) -> bytes:
@@ -7336,22 +7331,16 @@ def match_model(name: str, models: dict[str, Model]) -> Model | None:
 
 
 class ModelList(dict[str, Model]):
-    """Models by id, never changed; `found` remembers what other names mean."""
+    """Models by id, never changed."""
 
-    def __init__(self, models: Mapping[str, Model]) -> None:
-        super().__init__(models)
-        self.found: dict[str, Model | None] = {}
+    @functools.cached_property
+    def find(self) -> Callable[[str], Model | None]:
+        """`match_model`, once for each name."""
+        return functools.lru_cache(MAX_LISTED_MODELS)(lambda name: match_model(name, self))
 
 
 def find_model(name: str, models: dict[str, Model]) -> Model | None:
-    """`match_model`, once for each name of a ModelList."""
-    if name in models or not isinstance(models, ModelList):
-        return match_model(name, models)
-    if name not in models.found:
-        if len(models.found) >= MAX_LISTED_MODELS:
-            models.found.clear()
-        models.found[name] = match_model(name, models)
-    return models.found[name]
+    return models.find(name) if isinstance(models, ModelList) else match_model(name, models)
 
 
 def implied_effort(name: str, model: Model) -> str | None:
@@ -10068,10 +10057,6 @@ USAGE_FIGURES = (
 )  # fmt: skip
 
 
-FIGURE_NAMES = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
-usage_figures = operator.attrgetter(*FIGURE_NAMES)
-
-
 @dataclass(slots=True)
 class UsageRecord:
     """What one request that reached a provider has used.  Never content."""
@@ -10092,15 +10077,12 @@ class UsageRecord:
 
     def normalize(self) -> None:
         """Makes it fit for the database: names bounded and printable, figures in range."""
-        texts = self.provider, self.account, self.model, self.label, self.dialect, self.kind
-        joined = "".join(texts)
-        if len(joined) > MAX_NAME_CHARS or one_line(joined) != joined:
-            for name, text in zip((*USAGE_NAMES, "dialect", "kind"), texts, strict=True):
-                setattr(self, name, one_line(text[:MAX_NAME_CHARS]))
-        figures = usage_figures(self.usage)
-        if min(figures) < 0 or max(figures) > MAX_FIGURE:
-            bounded = [min(max(figure, 0), MAX_FIGURE) for figure in figures]
-            self.usage = replace(self.usage, **dict(zip(FIGURE_NAMES, bounded, strict=True)))
+        for name in (*USAGE_NAMES, "dialect", "kind"):
+            setattr(self, name, one_line(getattr(self, name)[:MAX_NAME_CHARS]))
+        for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
+            figure = getattr(self.usage, name)
+            if not 0 <= figure <= MAX_FIGURE:
+                self.usage = replace(self.usage, **{name: min(max(figure, 0), MAX_FIGURE)})
 
     def row(self) -> Json:
         """A row of the usage database; `input_tokens` includes both caches."""
@@ -10191,14 +10173,9 @@ class NameTable:
         return name
 
 
-@functools.lru_cache(maxsize=8)
-def day_of_second(second: int) -> str:
-    return dt.date.fromtimestamp(second).isoformat()
-
-
 def local_day(moment: float) -> str:
     """The day in the local time zone: 2026-11-22."""
-    return day_of_second(math.floor(moment))
+    return dt.date.fromtimestamp(moment).isoformat()
 
 
 # ?by= -> (the columns to group by, which are also their names in a row)
@@ -10824,15 +10801,7 @@ class CacheGuard:
 UNQUOTED_VALUE = re.compile(r"[!#-<>-~]+")
 
 
-@functools.cache
-def event_logger() -> logging.Logger:
-    return logging.getLogger("aiclient-api")
-
-
-@functools.lru_cache(maxsize=1)
-def log_time(second: int) -> str:
-    """`2026-11-22T13:14:15`, formatted once a second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+event_logger = functools.cache(lambda: logging.getLogger("aiclient-api"))
 
 
 def log_event(level: str, event: str, **details: object) -> None:
@@ -10843,8 +10812,8 @@ def log_event(level: str, event: str, **details: object) -> None:
     texts = list(map(str, details.values()))
     if "" in texts or not UNQUOTED_VALUE.fullmatch("".join(texts)):
         texts = [text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text) for text in texts]
-    line = " ".join([event, *map("=".join, zip(details, texts, strict=True))])
-    line = redact(line, MAX_LOG_LINE)
+    pairs = map("=".join, zip(details, texts, strict=True))
+    line = redact(" ".join([event, *pairs]), MAX_LOG_LINE)
     # As `Logger.log` does, less the search for the caller.
     logger.handle(logging.LogRecord(logger.name, level_number, "", 0, line, (), None))
 
@@ -10869,7 +10838,8 @@ class LogHandler:
             self.stream.write(self.format(record) + "\n")
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp, message = log_time(int(record.created)), one_line(record.getMessage())
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        message = one_line(record.getMessage())
         line = f"{stamp}.{int(record.msecs):03d}Z {record.levelname} {message}"
         if record.exc_info:
             trace = redact(logging.Formatter().formatException(record.exc_info), MAX_LOG_LINE)
@@ -11245,7 +11215,7 @@ class UpstreamResponse:
         self.keep_alive = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
         # All requests ask for identity, but a middlebox may compress all the same.
-        wbits = CODING_WBITS.get(coding)
+        wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
         self.decompressor = zlib.decompressobj(wbits) if wbits else None
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
@@ -11599,7 +11569,7 @@ class HttpClient:
             lambda: PooledConnection(origin),
             origin.host,
             origin.port,
-            # Nothing to win on loopback, and each race leaves garbage.
+            # A race leaves garbage, and on loopback there is nothing to win.
             happy_eyeballs_delay=None if is_loopback(origin.host) else 0.25,
             **tls_options,
         )
@@ -11786,7 +11756,6 @@ class ServerConnection(StreamProtocol):
         self.progress_at = 0.0
         self.unsent = 0
         self.closing = False
-        self.sink = self.start
         #: idle, head, body or busy: what the deadline is for
         self.start_phase("head", server.config.head_seconds)
 
@@ -11799,26 +11768,9 @@ class ServerConnection(StreamProtocol):
             self.peer = address[0]
         self.server.accept(self)
 
-    def start(self, data: bytes) -> None:
-        """The first bytes: a task only now, as it would at once have to wait for them."""
-        self.sink = None
-        self.data_received(data)
-        self.run(self.serve())
-
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
-        self.task = self.loop.create_task(work)
-        self.task.add_done_callback(self.on_done)
-
-    def on_done(self, _task: asyncio.Task[None]) -> None:
-        self.server.forget(self)
-
     def notify(self) -> None:
         """A client that has half-closed may still be reading."""
         super().notify()
-        if self.task is None and self.is_disconnected:  # without a byte
-            self.sink = None
-            self.transport.close()
-            self.server.forget(self)
         target = self.hangup_target
         if target is not None and (self.lost or (self.at_eof and not self.allows_half_close)):
             self.hangup_target = None
@@ -11934,10 +11886,8 @@ class ServerConnection(StreamProtocol):
             if not body.is_complete:  # what has arrived of an unread body is discarded
                 body.feed(self.read_buffer())
                 self.buffer += body.excess
-            wants_close = head.minor == 0
-            if "connection" in head.headers:
-                keep_alive = head.minor > 0 or head.headers.has_token("connection", "keep-alive")
-                wants_close = not keep_alive or head.headers.has_token("connection", "close")
+            keep_alive = head.minor > 0 or head.headers.has_token("connection", "keep-alive")
+            wants_close = not keep_alive or head.headers.has_token("connection", "close")
             self.closing |= self.server.closing or not body.is_complete or wants_close
             await self.respond(request, response)
         finally:
@@ -12072,15 +12022,17 @@ class Server:
     def accept(self, connection: ServerConnection) -> None:
         if self.draining or len(self.connections) >= self.config.max_connections:
             busy = Busy("Too many connections.", retry_after=1)
-            connection.sink = None
-            connection.run(connection.close_with_error(busy))
+            connection.task = connection.loop.create_task(connection.close_with_error(busy))
             return
+
+        def forget(_task: asyncio.Task[None]) -> None:
+            self.connections.discard(connection)
+            self.ticker.discard(connection.watch)
+
         self.connections.add(connection)
         self.ticker.add(connection.watch)
-
-    def forget(self, connection: ServerConnection) -> None:
-        self.connections.discard(connection)
-        self.ticker.discard(connection.watch)
+        connection.task = connection.loop.create_task(connection.serve())
+        connection.task.add_done_callback(forget)
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -13178,9 +13130,6 @@ class Catalogue:
         self.models = ModelList({**retained, **fetched})
 
 
-NO_CONTEXT = contextlib.nullcontext()
-
-
 @dataclass(slots=True, eq=False)
 class Cooldown:
     error: ApiError
@@ -13261,7 +13210,7 @@ class Breaker:
 
     def guarded(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Around one request: raises during a cool-down; success ends one."""
-        return self.probing(key) if self.cooldowns else NO_CONTEXT
+        return self.probing(key) if self.cooldowns else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def probing(self, key: str) -> Iterator[None]:
@@ -13628,14 +13577,11 @@ class AccountProvider(Provider, Generic[Token]):
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
 
-    def token(self) -> Coroutine[Any, Any, Token]:
-        return self.account.get()
-
     async def ask(
         self, send: Callable[..., Awaitable[Json | RetryDecision]], *arguments: Any
     ) -> Json | RetryDecision:
         """The result of `send(token, *arguments)`; a token that is refused is renewed once."""
-        token = await self.token()
+        token = await self.account.get()
         result = await send(token, *arguments)
         if isinstance(result, RetryDecision) and result.action == "refresh":
             renewed = await self.account.renew(token)
@@ -13645,7 +13591,7 @@ class AccountProvider(Provider, Generic[Token]):
 
     async def open(self, call: Call) -> BodyStream:
         with self.breaker.guarded(call.model.id):
-            return await self.attempt_class(self, call, await self.token()).run()
+            return await self.attempt_class(self, call, await self.account.get()).run()
 
     def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
@@ -13716,9 +13662,7 @@ class Attempt(Generic[Token]):
     call: Call
     token: Token
     count: int = 0
-    taken: dict[str, int] = field(
-        default_factory=lambda: defaultdict(int)
-    )  #: by action; a pause counts as a wait
+    taken: dict[str, int] = field(default_factory=lambda: defaultdict(int))  #: pauses are waits
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
@@ -14603,7 +14547,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
-        login = await self.token()
+        login = await self.account.get()
         own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
         for arn in dict.fromkeys((own_arn, "")):
             parameters = {**query, "profileArn": arn} if arn else query
@@ -14617,7 +14561,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         raise error
 
     async def fetch_models(self) -> dict[str, Model]:
-        await self.token()
+        await self.account.get()
         entries: list[Any] = []
         query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
         for _ in range(KIRO_MODEL_PAGES):
@@ -16525,7 +16469,7 @@ class Gateway:
             provider=provider.name,
             account=provider.user(),
             model=OTHER if model.guessed and kind else model.id,  # clients can make up any name
-            label=self.label(request),
+            label=request.label or self.label(request),
             dialect=dialect,
             streamed=streamed,
             usage=usage,
@@ -16538,11 +16482,8 @@ class Gateway:
         self.ledger.record(request.usage_record)
 
     def label(self, request: Request) -> str:
-        if not request.label:
-            user_agent = request.headers.get("user-agent", "")
-            label = request.key_name or self.ledger.label(user_agent, self.config.limits)
-            request.label = label
-        return request.label
+        user_agent = request.headers.get("user-agent", "")
+        return request.key_name or self.ledger.label(user_agent, self.config.limits)
 
     async def post_count_tokens(self, request: Request) -> Response:
         """Estimated locally, without an upstream call: Claude Code asks in bursts."""
@@ -16569,11 +16510,9 @@ class Gateway:
         """The models of each provider; those whose list is unavailable are logged and left out."""
         listings = {name: provider.listed() for name, provider in self.providers.items()}
         available = {name: models for name, models in listings.items() if models is not None}
-        if len(available) == len(listings):
-            return available
         names = [name for name in listings if name not in available]
         requests = (self.providers[name].models() for name in names)
-        results = await asyncio.gather(*requests, return_exceptions=True)
+        results = await asyncio.gather(*requests, return_exceptions=True) if names else ()
         for name, result in zip(names, results, strict=True):
             if isinstance(result, ApiError):
                 level = "debug" if isinstance(result, NotSignedIn) else "warning"
@@ -16705,22 +16644,16 @@ class Gateway:
             try:
                 provider, model = await self.find_model(request, name, route)
                 if not provider.local:  # a local provider costs nothing
-                    label = self.label(request)
+                    label = request.label = self.label(request)
                     uncounted, body_hash = body_hash, None  # counted once, even if refused
                     await self.ledger.check(self.config.limits, provider.name, label, uncounted)
                 response = await ask(provider, model)
             except ApiError as error:
                 if len(routes) == 1 or not can_fall_back(error):
                     raise
-                log_event(
-                    "info",
-                    "fallback",
-                    id=request.id,
-                    alias=name,
-                    candidate=route,
-                    kind=error.kind,
-                    reason=error.message[:300],
-                )
+                facts = {"alias": name, "candidate": route, "kind": error.kind}
+                reason = error.message[:300]
+                log_event("info", "fallback", id=request.id, **facts, reason=reason)
                 failures.append((str(route), error))
                 request.cancel_on_disconnect(True, patient=True)
                 continue
@@ -16882,13 +16815,8 @@ class Exchange:
             if now >= hold_until and not is_open.done():
                 is_open.set_result(None)
 
-        async def run_open() -> bytes:
-            try:
-                return await self.open()
-            finally:
-                stop_waiting()
-
-        opening = loop.create_task(run_open())
+        opening = loop.create_task(self.open())
+        opening.add_done_callback(lambda _: stop_waiting())
         ticker.add(stop_waiting)
         try:
             await is_open
