@@ -1056,8 +1056,7 @@ SECRET_PATTERNS = re.compile(
 )
 # In lower case: no pattern matches a text without one of these, and most log lines have none.
 SECRET_HINTS = (
-    "gho_", "ghp_", "ghs_", "ghu_", "ghr_", "github_pat_", "tid=", "bearer", "token", "aoa", "aor",
-    "ksk_", "eyj", "sk-",
+    "gh", "github_pat_", "tid=", "bearer", "token", "aoa", "aor", "ksk_", "eyj", "sk-",
 )  # fmt: skip
 SECRET_PREFIX_CHARS = 12  # characters by which a known secret is recognised
 MIN_SECRET_CHARS = 6  # a shorter one may occur in any text
@@ -1068,14 +1067,14 @@ def redact(text: str, limit: int) -> str:
     """The first `limit` characters with secrets masked, even one that the limit cuts."""
     text = text[: limit + SECRET_MARGIN_CHARS]
     lower = text.lower()
-    if any(mark in lower for mark in SECRET_HINTS):
+    if any(map(lower.__contains__, SECRET_HINTS)):
         text = SECRET_PATTERNS.sub("[secret]", text)
     return text[:limit]
 
 
 def mask_secrets(text: str, known_secrets: Iterable[str]) -> str:
     """`text` without any of the `known_secrets`, even if only the beginning of one is left."""
-    for secret in known_secrets:
+    for secret in filter(None, known_secrets):
         prefix = secret[:SECRET_PREFIX_CHARS]
         index = text.find(prefix) if len(prefix) >= MIN_SECRET_CHARS else -1
         while index >= 0:
@@ -1087,7 +1086,7 @@ def mask_secrets(text: str, known_secrets: Iterable[str]) -> str:
 
 # ---- 4. Configuration --------------------------------------------------------------------------
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}  # those of `logging`
 SETTING_TYPES: dict[str, tuple[Any, str]] = {
     "str": (str, "a string"),
     "int": (int, "an integer"),
@@ -1655,8 +1654,6 @@ def change_setting(text: str, source: str, key: str, value: str) -> str:
 # bytes differently allow request smuggling, so anything ambiguous is refused.
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-# CTLs other than HTAB (RFC 9110 section 5.5); CR and LF are checked apart, against the line ends.
-FORBIDDEN_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
@@ -1667,6 +1664,8 @@ CHUNK_LINE = re.compile(
 )
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HEAD_END = re.compile(rb"\n\r?\n")
+# Without CTLs other than HTAB (RFC 9110 section 5.5).
+HEAD_LINES = re.compile("(?:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 HEADER_BREAKS = re.compile(r"[\r\n\0]")
 NO_BODY_STATUSES = (204, 304)
@@ -1710,10 +1709,9 @@ def head_lines(data: bytes) -> list[str]:
     """The lines of a complete head; raises WireError on control characters and stray CR or LF."""
     text = data.decode("latin-1")
     lines = text.split("\r\n")
-    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
-        raise WireError("bare CR or LF in the head")
-    if FORBIDDEN_CONTROLS.search(text):
-        raise WireError("control character in the head")
+    if not HEAD_LINES.fullmatch(text):
+        is_bare = text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1
+        raise WireError(f"{'bare CR or LF' if is_bare else 'control character'} in the head")
     return lines[:-2]
 
 
@@ -1940,13 +1938,11 @@ def response_body(head: ResponseHead, method: str) -> Body:
 
 def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """A request or response head.  Values come only from tables, checked names and numbers."""
-    lines = [first_line]
-    for name, value in headers:
-        if not value.isprintable() and HEADER_BREAKS.search(value):
-            raise ValueError(f"control character in header {name}")
-        lines.append(f"{name}: {value}")
-    lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1")
+    lines = [first_line, *map(": ".join, headers)]
+    if not "".join(lines).isprintable():
+        for line in filter(HEADER_BREAKS.search, lines):
+            raise ValueError(f"control character in header {line.partition(':')[0]}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 @functools.cache
@@ -4621,15 +4617,16 @@ class ChatWriter(Writer):
 
 # Added by Azure and Copilot: random padding and content-filter results.  Clients echo a message
 # with all its fields, and the upstream would refuse these.
-VENDOR_CHAT_FIELDS = (
+VENDOR_CHAT_FIELDS = frozenset((
     "content_filter_offsets", "content_filter_results", "copilot_annotations", "obfuscation",
     "padding", "prompt_filter_results", "copilot_usage",
-)  # fmt: skip
+))  # fmt: skip
 
 
 def drop_vendor_fields(holder: Json) -> None:
-    for key in VENDOR_CHAT_FIELDS:
-        holder.pop(key, None)
+    if not VENDOR_CHAT_FIELDS.isdisjoint(holder):
+        for key in VENDOR_CHAT_FIELDS:
+            holder.pop(key, None)
 
 
 def merge_deltas(deltas: Iterable[Json]) -> Json:
@@ -4689,7 +4686,8 @@ class ChatRelay:
             raise read_stream_error(frame["error"])
         if frame.get("type") == "[DONE]":
             return self.end()
-        if read_usage(frame, CHAT_USAGE, self.usage):
+        has_usage = frame.get("usage") or "copilot_usage" in frame
+        if has_usage and read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
         choices = get_dicts(frame, "choices")
         if not choices:
@@ -4829,11 +4827,12 @@ class ChatDialect(Dialect):
         chunks: defaultdict[int, list[Json]] = defaultdict(list)  # per choice
         for frame in frames:
             usage = frame.get("usage") or usage
-            extra = {key: value for key, value in frame.items() if key not in ("choices", "usage")}
-            response.update({**extra, "object": "chat.completion"})
+            response.update(frame)
             for choice in frame["choices"]:
                 chunks[choice["index"]].append(choice)
-        response["choices"] = []
+        for key in ("choices", "usage"):  # they come last
+            response.pop(key, None)
+        response |= {"object": "chat.completion", "choices": []}
         for index, choices in sorted(chunks.items()):
             message = merge_deltas(choice["delta"] for choice in choices)
             for call in message.get("tool_calls", ()):
@@ -7886,7 +7885,7 @@ def model_spellings(name: str) -> list[str]:
     return list(dict.fromkeys(spellings))
 
 
-def find_model(name: str, models: dict[str, Model]) -> Model | None:
+def match_model(name: str, models: dict[str, Model]) -> Model | None:
     """In any usual spelling; for Claude 3, retired but still in use, the newest of its family."""
     if name in models:
         return models[name]
@@ -7903,7 +7902,7 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     if stripped == lowered:
         stripped = base.removesuffix("-1m")
     if stripped != lowered:
-        return find_model(stripped, models)
+        return match_model(stripped, models)
     retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
     prefix = f"claude-{retired[1]}-" if retired else "\0"
     return max(
@@ -7911,6 +7910,19 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
         key=lambda model: (claude_version(model.id) or (0, 0), -len(model.id)),
         default=None,
     )
+
+
+class ModelList(dict[str, Model]):
+    """Models by id, never changed."""
+
+    @functools.cached_property
+    def find(self) -> Callable[[str], Model | None]:
+        """`match_model`, once for each name."""
+        return functools.lru_cache(MAX_LISTED_MODELS)(lambda name: match_model(name, self))
+
+
+def find_model(name: str, models: dict[str, Model]) -> Model | None:
+    return models.find(name) if isinstance(models, ModelList) else match_model(name, models)
 
 
 def implied_effort(name: str, model: Model) -> str | None:
@@ -10551,7 +10563,7 @@ class Router:
             if provider not in self.enabled:
                 raise self.not_found(name, catalogues)
         model = owners.get(provider) or find_model(name, catalogues.get(provider, {}))
-        return route._replace(provider=provider), model
+        return Route(provider, name, route.explicit), model
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
         model_ids = [model for models in catalogues.values() for model in models]
@@ -10652,8 +10664,7 @@ class UsageRecord:
         """Makes it fit for the database: names bounded and printable, figures in range."""
         for name in (*USAGE_NAMES, "dialect", "kind"):
             setattr(self, name, one_line(getattr(self, name)[:MAX_NAME_CHARS]))
-        figures = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
-        for name in figures:
+        for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
             figure = getattr(self.usage, name)
             if not 0 <= figure <= MAX_FIGURE:
                 self.usage = replace(self.usage, **{name: min(max(figure, 0), MAX_FIGURE)})
@@ -11375,28 +11386,41 @@ class CacheGuard:
 UNQUOTED_VALUE = re.compile(r"[!#-<>-~]+")
 
 
+event_logger = functools.cache(lambda: logging.getLogger("aiclient-api"))
+
+
 def log_event(level: str, event: str, **details: object) -> None:
     """Logs one line: `event key=value ...`.  Never pass content or a secret."""
-    logger = logging.getLogger("aiclient-api")
-    level_number = getattr(logging, level.upper())
+    logger, level_number = event_logger(), LOG_LEVELS[level]
     if not logger.isEnabledFor(level_number):
         return
-    parts = [event]
-    for key, value in details.items():
-        text = str(value)
-        parts.append(f"{key}={text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text)}")
-    logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
+    texts = list(map(str, details.values()))
+    if "" in texts or not UNQUOTED_VALUE.fullmatch("".join(texts)):
+        texts = [text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text) for text in texts]
+    pairs = map("=".join, zip(details, texts, strict=True))
+    line = redact(" ".join([event, *pairs]), MAX_LOG_LINE)
+    # As `Logger.log` does, less the search for the caller.
+    logger.handle(logging.LogRecord(logger.name, level_number, "", 0, line, (), None))
 
 
-class LogFormatter:
-    """`2026-11-22T13:14:15.123Z INFO event key=value`, without secrets.
+class LogHandler:
+    """Writes `2026-11-22T13:14:15.123Z INFO event key=value`, without secrets.
 
     A traceback follows its line, indented, so that no line of it looks like an event.
+    `logging` needs no more of a handler than this, and its own takes ten calls for a line.
     """
 
-    def __init__(self) -> None:
+    level = 0  # everything
+
+    def __init__(self, stream: TextIO | LogFile) -> None:
+        self.stream = stream
         #: returns the tokens and keys in use, whatever their form
         self.secrets: Callable[[], Iterable[str]] = tuple
+
+    def handle(self, record: logging.LogRecord) -> None:
+        # No report of a line that cannot be written: there is nowhere to write it.
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(self.format(record) + "\n")
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -11436,7 +11460,7 @@ def check_link(path: str) -> None:
 
 
 class LogFile:
-    """A log file for a StreamHandler: rotated by size, reopened after it was moved away.
+    """A log file for a LogHandler: rotated by size, reopened after it was moved away.
 
     A line that cannot be written is dropped and counted: a full disk must not stop the gateway.
     With `is_stderr` standard error goes to the same file, which catches Python's own messages.
@@ -11495,14 +11519,12 @@ class LogFile:
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
-    handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
-    handler.setFormatter(LogFormatter())  # type: ignore[arg-type]  # logging is lazy
-    logging.getLogger().handlers[:] = [handler]
+    handlers: list[Any] = logging.getLogger().handlers
+    handlers[:] = [LogHandler(file or sys.stderr)]
     set_log_level(level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # The documented way to skip what no line shows (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.raiseExceptions = False  # no report of lines that cannot be written
     setattr(logging, "_srcfile", None)  # noqa: B010 - see the same page
     return file
 
@@ -11510,17 +11532,17 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
 def mask_in_log(secrets: Callable[[], Iterable[str]]) -> None:
     """Masks what `secrets` returns, called for each line."""
     for handler in logging.getLogger().handlers:
-        if isinstance(handler.formatter, LogFormatter):
-            handler.formatter.secrets = secrets
+        if isinstance(handler, LogHandler):
+            handler.secrets = secrets
 
 
 def set_log_level(level: str) -> None:
-    logging.getLogger().setLevel(getattr(logging, level.upper()))
+    logging.getLogger().setLevel(LOG_LEVELS[level])
 
 
 def internal_error(event: str) -> ApiError:
     """The error response to an unexpected exception; logs the traceback."""
-    logging.getLogger("aiclient-api").exception(event)
+    event_logger().exception(event)
     return ApiError("Internal error; see the log of the gateway.")
 
 
@@ -11550,7 +11572,7 @@ class Ticker:
                 watcher(now)
             except Exception:  # noqa: BLE001 - one bug must not disable every deadline
                 self.watchers.discard(watcher)
-                logging.getLogger("aiclient-api").exception("a ticker callback failed")
+                event_logger().exception("a ticker callback failed")
         self.timer = loop.call_later(TICK_SECONDS, self.tick) if self.watchers else None
 
 
@@ -11568,6 +11590,7 @@ class StreamProtocol(ProtocolBase):
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
+        self.loop = asyncio.get_running_loop()
         self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
         #: the peer has sent EOF; the connection is lost, with its error
@@ -11632,7 +11655,7 @@ class StreamProtocol(ProtocolBase):
             self.waiter.set_result(None)
 
     def next_change(self) -> asyncio.Future[None]:
-        self.waiter = asyncio.get_running_loop().create_future()
+        self.waiter = asyncio.Future(loop=self.loop)
         return self.waiter
 
     async def receive(self) -> None:
@@ -11641,7 +11664,7 @@ class StreamProtocol(ProtocolBase):
             self.update_reading()
         size = len(self.buffer)
         while len(self.buffer) == size:
-            if self.is_disconnected:
+            if self.at_eof or self.lost:
                 raise self.error or EOFError
             await self.next_change()
 
@@ -11785,9 +11808,9 @@ class UpstreamResponse:
         #: no more is delivered: the body is complete, or was stopped
         self.finished = body.is_complete or self.error is not None
         self.returned = b""  # by `push_back`
-        self.last_received_at = asyncio.get_running_loop().time()
+        self.last_received_at = time.monotonic()
         self.linger_timer: asyncio.TimerHandle | None = None
-        client.ticker.add(self.watch)
+        client.watchers.add(self.watch)
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
@@ -11878,18 +11901,18 @@ class UpstreamResponse:
             raise self.error
 
     def close(self, is_complete: bool) -> None:
-        self.client.ticker.discard(self.watch)
+        self.client.watchers.discard(self.watch)
         connection = self.connection
         connection.sink = self.read_tail
-        connection.hold(False)
+        if connection.reading_paused:
+            connection.hold(False)
         is_reusable = self.keep_alive and not self.error and not connection.is_disconnected
         if not is_reusable or not (is_complete or self.body.is_complete):
             self.release()
             return
         if not self.body.is_complete:
             # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            loop = asyncio.get_running_loop()
-            self.linger_timer = loop.call_later(LINGER_SECONDS, self.release)
+            self.linger_timer = connection.loop.call_later(LINGER_SECONDS, self.release)
         self.read_tail(connection.read_buffer())
 
     def read_tail(self, data: bytes) -> None:
@@ -11907,7 +11930,7 @@ class UpstreamResponse:
             self.linger_timer.cancel()
         self.connection.sink = None
         if reusable:
-            self.client.pool.release(self.connection, asyncio.get_running_loop().time())
+            self.client.pool.release(self.connection, time.monotonic())
         else:
             self.connection.transport.abort()
 
@@ -11944,7 +11967,7 @@ class PooledConnection(StreamProtocol):
         if isinstance(error, EOFError):
             unsent = count_unsent(self.transport.get_extra_info("socket"))
             return unsent + self.transport.get_write_buffer_size() >= len(message)
-        return asyncio.get_running_loop().time() - sent_at < RESET_SECONDS
+        return time.monotonic() - sent_at < RESET_SECONDS
 
 
 SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
@@ -11994,6 +12017,8 @@ class HttpClient:
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
+        #: for the requests in flight: the client's own watcher keeps the ticker running
+        self.watchers = ticker.watchers
 
     def close(self) -> None:
         self.ticker.discard(self.watch)
@@ -12042,7 +12067,7 @@ class HttpClient:
         origin, host, path = self.plan(url)
         length_header = [("Content-Length", str(len(body)))] if body or method == "POST" else []
         limit_s = first_byte_s or self.network.first_byte_seconds
-        connection = self.pool.acquire(origin, asyncio.get_running_loop().time())
+        connection = self.pool.acquire(origin, time.monotonic())
         while True:
             connection = connection or await self.connect(origin)
             all_headers = [("Host", host), *headers().items(), *length_header]
@@ -12057,18 +12082,25 @@ class HttpClient:
     ) -> UpstreamResponse | None:
         """One request on one connection; None if it was stale and another may be tried."""
         host = connection.origin.host
-        sent_at = asyncio.get_running_loop().time()
-        connection.has_received = False
+        sent_at = time.monotonic()
+        connection.has_received = is_late = False
         response: UpstreamResponse | None = None
+
+        def watch(now: float) -> None:
+            nonlocal is_late
+            if now - sent_at > limit_s:
+                is_late = True
+                connection.transport.abort()
+
+        self.watchers.add(watch)
         try:
-            async with asyncio.timeout(limit_s):
-                connection.transport.write(message)
-                head = await self.read_head(connection)
+            connection.transport.write(message)
+            head = await self.read_head(connection)
             response = UpstreamResponse(self, connection, head, response_body(head, method))
             return response
-        except TimeoutError:
-            raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
+            if is_late:
+                raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
             may_be_stale = connection.is_reused and not connection.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             if may_be_stale and was_unread:
@@ -12078,6 +12110,7 @@ class HttpClient:
         except WireError as error:
             raise UpstreamError(f"{host} sent a malformed response: {error}.") from None
         finally:
+            self.watchers.discard(watch)
             if response is None:
                 connection.transport.abort()
 
@@ -12204,6 +12237,8 @@ class Request(RequestHead):
     started_at = 0.0
     #: the label of its API key, or ""
     key_name = ""
+    #: whose usage it is, once asked for
+    label = ""
     #: its usage, once known
     usage_record: UsageRecord | None = None
 
@@ -12248,11 +12283,14 @@ class Request(RequestHead):
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
         connection.allows_half_close = patient
-        connection.notify()
+        if connection.at_eof or connection.lost:
+            connection.notify()
 
 
 class ResponseWriter:
     """The body of a streamed response; its head goes out with the first bytes, in one write."""
+
+    tail = b""  #: the last bytes, sent together with the end of the body
 
     def __init__(self, connection: ServerConnection, head: bytes, chunked: bool) -> None:
         self.connection = connection
@@ -12264,12 +12302,14 @@ class ResponseWriter:
         #: called when the server has to stop
         self.on_stop: Callable[[], None] = lambda: None
 
-    def write(self, data: bytes) -> None:
-        if data:
+    def write(self, data: bytes, is_last: bool = False) -> None:
+        if is_last:
+            self.tail += data
+        elif data:
             self.send(write_chunk(data) if self.chunked else data)
 
     def finish(self) -> None:
-        self.send(LAST_CHUNK if self.chunked else b"")
+        self.send(write_chunk(self.tail) + LAST_CHUNK if self.chunked else self.tail)
 
     def send(self, data: bytes) -> None:
         if not self.connection.response_started:
@@ -12331,7 +12371,7 @@ class ServerConnection(StreamProtocol):
     def start_phase(self, phase: str, seconds: float) -> None:
         """Starts a phase whose deadline later bytes do not extend."""
         self.phase = phase
-        self.due_at = asyncio.get_running_loop().time() + seconds
+        self.due_at = time.monotonic() + seconds
 
     def watch(self, now: float) -> None:
         if self.is_stalled(now):
@@ -12371,7 +12411,8 @@ class ServerConnection(StreamProtocol):
             await self.close_with_error(internal_error("connection failed"))
         finally:
             self.transport.close()
-        await self.wait_closed()  # a slow client may still be receiving
+        if self.transport.get_write_buffer_size():  # a slow client is still receiving
+            await self.wait_closed()
 
     async def read_head(self) -> RequestHead:
         """Raises WireError; EOFError or OSError when the client disconnects."""
@@ -12465,7 +12506,8 @@ class ServerConnection(StreamProtocol):
             await response.stream(self.writer)
             self.writer.finish()
             self.writer = None
-        await self.drain()
+        if self.writing_paused:
+            await self.drain()
 
     def send_buffered(self, response: Response, is_bodyless: bool = False) -> None:
         self.response_started = True
@@ -12575,10 +12617,9 @@ class Server:
         return sum(connection.request is not None for connection in self.connections)
 
     def accept(self, connection: ServerConnection) -> None:
-        loop = asyncio.get_running_loop()
         if self.draining or len(self.connections) >= self.config.max_connections:
             busy = Busy("Too many connections.", retry_after=1)
-            connection.task = loop.create_task(connection.close_with_error(busy))
+            connection.task = connection.loop.create_task(connection.close_with_error(busy))
             return
 
         def forget(_task: asyncio.Task[None]) -> None:
@@ -12587,7 +12628,7 @@ class Server:
 
         self.connections.add(connection)
         self.ticker.add(connection.watch)
-        connection.task = loop.create_task(connection.serve())
+        connection.task = connection.loop.create_task(connection.serve())
         connection.task.add_done_callback(forget)
 
     def stop_accepting(self) -> None:
@@ -13514,7 +13555,7 @@ class Ledger:
             self.spending.add(record)
         self.metrics.observe(record)
         if self.due_at == math.inf:
-            self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
+            self.due_at = time.monotonic() + USAGE_WRITE_SECONDS
             self.ticker.add(self.tick)
 
     def count_waiting(self) -> int:
@@ -13579,7 +13620,7 @@ class Ledger:
     ) -> None:
         """Raises LimitReached at a cap or in a loop; `request`: a hash, None if already checked."""
         if request is not None:
-            self.guard.check(limits, request, asyncio.get_running_loop().time())
+            self.guard.check(limits, request, time.monotonic())
         if limits.providers or limits.labels:
             await self.read_spending()
             self.spending.check(limits, provider, label, time.time())
@@ -13674,7 +13715,7 @@ class Catalogue:
                 self.fetched_at = now
             elif self.built_in and not isinstance(reason, NotSignedIn):
                 log_event("warning", "models_unavailable", **facts)
-                self.models = self.built_in
+                self.models = ModelList(self.built_in)
                 self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
             else:
                 raise reason from None
@@ -13683,7 +13724,7 @@ class Catalogue:
         oldest, listed_at = self.fetched_at - MODELS_STALE_SECONDS, self.listed_at
         retained = {k: v for k, v in self.models.items() if listed_at.get(k, -math.inf) > oldest}
         self.listed_at |= dict.fromkeys(fetched, self.fetched_at)
-        self.models = {**retained, **fetched}
+        self.models = ModelList({**retained, **fetched})
 
 
 @dataclass(slots=True, eq=False)
@@ -13764,9 +13805,12 @@ class Breaker:
                     )
                 raise error.with_hint(error.hint, wait_s)
 
-    @contextlib.contextmanager
-    def guarded(self, key: str) -> Iterator[None]:
+    def guarded(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Around one request: raises during a cool-down; success ends one."""
+        return self.probing(key) if self.cooldowns else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def probing(self, key: str) -> Iterator[None]:
         self.check(key)
         probed = [self.cooldowns[k] for k in (key, "") if k in self.cooldowns]
         for cooldown in probed:
@@ -14130,14 +14174,11 @@ class AccountProvider(Provider, Generic[Token]):
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
 
-    async def token(self) -> Token:
-        return await self.account.get()
-
     async def ask(
         self, send: Callable[..., Awaitable[Json | RetryDecision]], *arguments: Any
     ) -> Json | RetryDecision:
         """The result of `send(token, *arguments)`; a token that is refused is renewed once."""
-        token = await self.token()
+        token = await self.account.get()
         result = await send(token, *arguments)
         if isinstance(result, RetryDecision) and result.action == "refresh":
             renewed = await self.account.renew(token)
@@ -14147,7 +14188,7 @@ class AccountProvider(Provider, Generic[Token]):
 
     async def open(self, call: Call) -> BodyStream:
         with self.breaker.guarded(call.model.id):
-            return await self.attempt_class(self, call, await self.token()).run()
+            return await self.attempt_class(self, call, await self.account.get()).run()
 
     def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
@@ -14218,7 +14259,7 @@ class Attempt(Generic[Token]):
     call: Call
     token: Token
     count: int = 0
-    taken: Counter[str] = field(default_factory=Counter)  #: by action; a pause counts as a wait
+    taken: dict[str, int] = field(default_factory=lambda: defaultdict(int))  #: pauses are waits
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
@@ -14569,9 +14610,11 @@ class CopilotAttempt(Attempt[CopilotToken]):
             betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
-        own_names = {name.lower() for name in headers}
-        model_headers = call.model.headers.items()
-        return headers | {name: v for name, v in model_headers if name not in own_names}
+        if call.model.headers:
+            own_names = {name.lower() for name in headers}
+            model_headers = call.model.headers.items()
+            headers |= {name: v for name, v in model_headers if name not in own_names}
+        return headers
 
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         provider, call = self.provider, self.call
@@ -15101,7 +15144,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
-        login = await self.token()
+        login = await self.account.get()
         own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
         for arn in dict.fromkeys((own_arn, "")):
             parameters = {**query, "profileArn": arn} if arn else query
@@ -15115,7 +15158,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         raise error
 
     async def fetch_models(self) -> dict[str, Model]:
-        await self.token()
+        await self.account.get()
         entries: list[Any] = []
         query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
         for _ in range(KIRO_MODEL_PAGES):
@@ -16752,9 +16795,9 @@ def error_headers(error: ApiError) -> dict[str, str]:
 
 
 DIALECT_PREFIXES: dict[str, Dialect] = {
+    "/v1/chat": CHAT,
     "/v1/messages": MESSAGES,
     "/v1/responses": RESPONSES,
-    "/v1/chat": CHAT,
     "/v1/embeddings": CHAT,
 }
 
@@ -16866,7 +16909,7 @@ class Gateway:
             hint = "See README.md for the endpoints."
             raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
         if endpoint.is_costly and method == "POST":
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             wait_s = self.limiter.wait_for(request.client, now)
             if wait_s > 0:
                 raise RateLimited("Too many requests from this address.", retry_after=wait_s)
@@ -17014,7 +17057,7 @@ class Gateway:
         first_byte_at: float | None = None,
     ) -> None:
         """Records a completion, successful or not; `first_byte_at` is monotonic."""
-        duration_s = asyncio.get_running_loop().time() - request.started_at
+        duration_s = time.monotonic() - request.started_at
         status, kind = failure_status(failure)
         price = None if usage.credits_source else price_nano_credits(model, usage)
         if price is not None:
@@ -17025,7 +17068,7 @@ class Gateway:
             provider=provider.name,
             account=provider.user(),
             model=OTHER if model.guessed and kind else model.id,  # clients can make up any name
-            label=self.label(request),
+            label=request.label or self.label(request),
             dialect=dialect,
             streamed=streamed,
             usage=usage,
@@ -17203,22 +17246,16 @@ class Gateway:
             try:
                 provider, model = await self.find_model(request, name, route)
                 if not provider.local:  # a local provider costs nothing
-                    label = self.label(request)
+                    label = request.label = self.label(request)
                     uncounted, body_hash = body_hash, None  # counted once, even if refused
                     await self.ledger.check(self.config.limits, provider.name, label, uncounted)
                 response = await ask(provider, model)
             except ApiError as error:
                 if len(routes) == 1 or not can_fall_back(error):
                     raise
-                log_event(
-                    "info",
-                    "fallback",
-                    id=request.id,
-                    alias=name,
-                    candidate=route,
-                    kind=error.kind,
-                    reason=error.message[:300],
-                )
+                facts = {"alias": name, "candidate": route, "kind": error.kind}
+                reason = error.message[:300]
+                log_event("info", "fallback", id=request.id, **facts, reason=reason)
                 failures.append((str(route), error))
                 request.cancel_on_disconnect(True, patient=True)
                 continue
@@ -17236,11 +17273,11 @@ class Gateway:
             catalogues = await self.catalogues()
             route, model = self.router.resolve(route, catalogues)
         provider = self.providers[route.provider]
+        model = model or find_model(route.model, provider.listed() or {})
         try:
-            with advising(provider):
-                for refresh in (False, True):
-                    if model is None:
-                        model = find_model(route.model, await provider.models(refresh=refresh))
+            for refresh in (False, True) if model is None else ():
+                with advising(provider):
+                    model = model or find_model(route.model, await provider.models(refresh))
         except (UpstreamError, UpstreamTimeout) as error:
             if not route.explicit:
                 raise
@@ -17286,7 +17323,7 @@ class Gateway:
         del data  # it may be large, and the response long
         body_hash = hash(body.text)
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
-        now = asyncio.get_running_loop().time
+        now = time.monotonic
         hold_deadline = now() + HOLD_LIST_SECONDS
 
         async def attempt(provider: Provider, model: Model) -> Response:
@@ -17379,9 +17416,18 @@ class Exchange:
         self.request.cancel_on_disconnect(True, self.provider.local)
         if not self.translator.stream:
             return await self.run_buffered()
-        opening = asyncio.ensure_future(self.open())
+        loop, ticker = asyncio.get_running_loop(), self.gateway.ticker
+        is_open, hold_until = loop.create_future(), time.monotonic() + hold_s
+
+        def stop_waiting(now: float = math.inf) -> None:
+            if now >= hold_until and not is_open.done():
+                is_open.set_result(None)
+
+        opening = loop.create_task(self.open())
+        opening.add_done_callback(lambda _: stop_waiting())
+        ticker.add(stop_waiting)
         try:
-            await asyncio.wait((opening,), timeout=hold_s)
+            await is_open
             if opening.done():
                 opening.result()
                 if self.translator.error and not self.translator.has_output:
@@ -17390,6 +17436,8 @@ class Exchange:
             await self.abandon(opening)
             self.finish(error)
             raise
+        finally:
+            ticker.discard(stop_waiting)
         return Response(
             200,
             headers={
@@ -17468,7 +17516,8 @@ class Exchange:
                 writer.write(translator.ping())
 
         def on_data(data: bytes) -> None:
-            writer.write(translator.feed(data))
+            output = translator.feed(data)
+            writer.write(output, translator.is_finished)
             if translator.is_finished and self.source is not None:
                 self.source.stop()
 
@@ -17482,17 +17531,17 @@ class Exchange:
             assert self.source is not None
             writer.on_flow = self.source.hold
             writer.on_stop = self.stop
-            writer.write(first)
+            writer.write(first, translator.is_finished)
             if not translator.is_finished:
                 await self.source.relay(on_data)
-            writer.write(translator.end())
+            writer.write(translator.end(), is_last=True)
             failure = translator.error
         except ApiError as error:
             failure = error
-            writer.write(translator.end(error))
+            writer.write(translator.end(error), is_last=True)
         except Exception:  # noqa: BLE001 - a bug: the client gets an error event
             failure = internal_error("a response could not be processed")
-            writer.write(translator.end(failure))
+            writer.write(translator.end(failure), is_last=True)
         except BaseException as error:
             failure = error
             raise
@@ -17671,6 +17720,7 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
             listeners.append(socket.socket(fileno=fd))
         if listeners[-1].family not in (socket.AF_INET, socket.AF_INET6):
             raise ProgramError(f"descriptor {fd} is no TCP socket")
+        listeners[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as `open_listeners`
     if launch.activated:
         server.host, server.port = listeners[0].getsockname()[:2]
         check_exposure(config)
@@ -18223,7 +18273,7 @@ class ControlServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """Also called if no thread could be started; `finish_request` has not returned."""
                 slots.release()
-                logging.getLogger("aiclient-api").exception("a control client failed")
+                event_logger().exception("a control client failed")
 
         new_path = path + SOCKET_SUFFIX
         with os_error_as(f"{path}: cannot be created"):

@@ -786,7 +786,7 @@ def test_no_line_of_a_traceback_passes_for_an_event_of_the_log() -> None:
         raise ValueError(f"{WILD}\n2026-11-22T13:14:15.123Z ERROR spoofed")
     except ValueError:
         record = logging.LogRecord("n", logging.ERROR, "", 0, WILD, (), sys.exc_info())
-    first, *rest = gw.LogFormatter().format(record).split("\n")
+    first, *rest = gw.LogHandler(sys.stderr).format(record).split("\n")
     assert first.endswith("ERROR pro kiro SPOOFED 2J ")
     assert rest[-1] == "  2026-11-22T13:14:15.123Z ERROR spoofed"
     assert not any(gw.LOG_LINE.match(line) for line in rest)
