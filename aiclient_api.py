@@ -87,12 +87,20 @@ Files read and written
 
 from __future__ import annotations
 
+import os
 import sys
 
 if sys.version_info < (3, 11):
     raise SystemExit(
         f"aiclient-api needs Python 3.11 or newer; this is Python {sys.version.split()[0]}."
     )
+
+# Python looks in the script's folder first, or with -m in the working directory: a token.py or
+# json.py there must not replace the library's.  A program that imports this file keeps its path.
+if not sys.flags.safe_path and (
+    __name__ == "__main__" or os.path.basename(sys.argv[0]) == "aiclient-api"
+):
+    sys.path[:] = [folder for folder in sys.path[1:] if folder != sys.path[0]]
 
 import contextlib
 import copy
@@ -102,7 +110,6 @@ import importlib.util
 import json
 import marshal
 import math
-import os
 import re
 import stat
 import struct
@@ -12060,19 +12067,25 @@ class Paths:
         return os.path.join(self.config_dir, provider, "token.json")
 
 
-def find_paths(environ: dict[str, str]) -> Paths:
-    """The paths for this user; relative XDG values are ignored, as the specification says.
+def user_folder(environ: Mapping[str, str], variable: str, fallback: str) -> str:
+    """The folder that `variable` names, or `fallback` in the user's home; "" if there is none.
 
-    Raises ProgramError where there is no home: a relative one is another in each folder.
+    Containers give users without an entry in passwd the home "/".
     """
     home = "" if environ.get("HOME") == "" else os.path.expanduser("~")
+    in_home = os.path.join(home, fallback) if home.strip("/") else ""
+    folder = environ.get(variable) or in_home
+    return folder if os.path.isabs(folder) else ""
+
+
+def find_paths(environ: dict[str, str]) -> Paths:
+    """Raises ProgramError where a folder is not absolute: it is another in each directory."""
 
     def base(variable: str, fallback: str) -> str:
-        value = environ.get(variable, "")
-        value = value if os.path.isabs(value) else os.path.join(home, fallback)
-        if not os.path.isabs(value):
+        folder = user_folder(environ, variable, fallback)
+        if not folder:
             raise ProgramError(f"set HOME or {variable} to the absolute path of a folder of yours")
-        return os.path.join(value, "aiclient-api")
+        return os.path.join(folder, "aiclient-api")
 
     return Paths(base("XDG_CONFIG_HOME", ".config"), base("XDG_STATE_HOME", ".local/state"))
 
@@ -12189,7 +12202,49 @@ def make_private_dir(path: str) -> None:
     os.makedirs(path, mode=0o700, exist_ok=True)
     check_folder(path)
     if hasattr(os, "getuid") and os.stat(path).st_mode & 0o077:
-        os.chmod(path, 0o700)
+        with contextlib.suppress(OSError):  # others can only list it
+            os.chmod(path, 0o700)
+
+
+# A file that is a mount of its own, as containers have, cannot be replaced or removed, and nothing
+# can where its folder may not be written to.
+IN_PLACE_ERRORS = (errno.EACCES, errno.EBUSY, errno.EPERM, errno.EROFS, errno.EXDEV)
+
+
+def is_in_place(path: str) -> bool:
+    """Whether a file exists that cannot be replaced, only written to."""
+    if not os.path.isfile(path):
+        return False
+    if not os.access(os.path.dirname(path), os.W_OK):
+        return True
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            mounts = {line.split()[4] for line in file}
+    except OSError:
+        return False  # not Linux, or hidden: only the attempt can tell
+    name = os.fsencode(os.path.realpath(path))
+    return re.sub(rb"[\\ \t\n]", lambda char: b"\\%03o" % ord(char[0]), name) in mounts
+
+
+def write_in_place(path: str, data: bytes) -> None:
+    """Overwrites a file that cannot be replaced; raises OSError.
+
+    A line goes to the end first, and then to the start: `read_private_object` finds the new one, or
+    if that was never complete the old one, wherever this was interrupted.
+    """
+    with os.fdopen(open_regular(path, "O_RDWR", "O_NOFOLLOW"), "r+b") as file:
+        check_owner(path, os.fstat(file.fileno()))
+        restrict_to_owner(file.fileno())
+        writes = [(0, data)]
+        if data.find(b"\n") == len(data) - 1:
+            writes.insert(0, (max(file.seek(0, os.SEEK_END), len(data)), b"\n" + data))
+        for offset, part in writes:
+            file.seek(offset)
+            file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        file.truncate()
+        os.fsync(file.fileno())
 
 
 def replace_file(path: str, data: bytes) -> None:
@@ -12200,6 +12255,15 @@ def replace_file(path: str, data: bytes) -> None:
     """
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
+    try:
+        replace_by_rename(path, data)
+    except OSError as error:
+        if error.errno not in IN_PLACE_ERRORS or not os.path.isfile(path):
+            raise
+        write_in_place(path, data)
+
+
+def replace_by_rename(path: str, data: bytes) -> None:
     folder = os.path.dirname(path)
     fd, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
@@ -12285,6 +12349,12 @@ def quarantine(path: str) -> None:
     log_event("warning", "damaged_file_renamed", path=new_path)
 
 
+def read_private_object(data: bytes) -> Json | None:
+    """The object in a private file; see `write_in_place` for the lines."""
+    texts = (data, *reversed(data.split(b"\n")[:-1]))
+    return next((value for value in map(load_object, texts) if value is not None), None)
+
+
 def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
     """None if there is no file; takes access away from others.  Raises ProgramError.
 
@@ -12294,9 +12364,12 @@ def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
                 log_event("warning", "token_file_was_readable", path=path)
-            value = load_object(file.read(MIB))
+            value = read_private_object(file.read(MIB))
+        if value is None and not file_identity(path):
+            return None
         if value is None and quarantines:
-            quarantine(path)
+            if not is_in_place(path):
+                quarantine(path)
             return None
     except FileNotFoundError:
         return None
@@ -12310,10 +12383,15 @@ def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
 
 
 def file_identity(path: str) -> tuple[int, ...]:
-    """Device, inode, time and size: changes when a file is replaced.  Empty if there is none."""
+    """Device, inode, time and size: changes when a file is replaced.
+
+    Empty if there is none, or one without content that cannot be removed.
+    """
     try:
         status = os.stat(path, follow_symlinks=False)
     except OSError:
+        return ()
+    if not status.st_size and is_in_place(path):
         return ()
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
@@ -12356,9 +12434,11 @@ class TokenFile:
     async def lock(self) -> AsyncIterator[str]:
         """A lock between processes; yields its path.  The kernel releases it if the holder dies.
 
-        Nothing is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
+        It is the sign-in itself where containers may share that file but not its folder.  Nothing
+        is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
         """
         path = os.path.join(os.path.dirname(self.path), "token.lock")
+        path = self.path if is_in_place(self.path) else path
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
             make_private_dir(os.path.dirname(path))
@@ -12443,7 +12523,10 @@ class TokenFile:
         names = [name for name in names if name == "token.json" or name.startswith(copies)]
         paths = [os.path.join(folder, name) for name in names]
         for path in paths:
-            os.unlink(path)
+            if is_in_place(path):
+                os.truncate(path, 0)
+            else:
+                os.unlink(path)
         return paths
 
 
@@ -15351,7 +15434,7 @@ async def import_logins(
         target = name or target_name(context.config, login)
         if target in targets:
             continue
-        is_signed_in = os.path.lexists(context.paths.token_file(target))
+        is_signed_in = bool(file_identity(context.paths.token_file(target)))
         if not assume_yes:
             context.show_terms(login.kind, target)
             instead = " instead of its present sign-in" if is_signed_in else ""
@@ -18258,6 +18341,10 @@ async def serve(
     raise_descriptor_limit()
     daemon = Daemon(launch, paths, config, log_file)
     mask_in_log(lambda: daemon.gateway.secrets())
+    for path in (paths.config_file, *map(paths.token_file, config.providers)):
+        if is_in_place(path):
+            hint = "it is a mount, or its folder is read-only: mount the folder, writable"
+            log_event("warning", "file_written_in_place", path=path, hint=hint)
     await daemon.listen(listeners)
     control = None
     if fcntl is not None:

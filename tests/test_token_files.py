@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -333,6 +334,87 @@ def fill(folder: Path) -> None:
                     return
             except OSError:
                 return
+
+
+# ---- files that cannot be replaced ---------------------------------------------------------------
+
+
+@pytest.fixture(params=["a mount", "a read-only folder"])
+def pinned(make: Make, request: pytest.FixtureRequest) -> Iterator[Home]:
+    """Somebody whose configuration and Kiro sign-in are mounted as single files."""
+    home = make("google")
+    folder, outside = home.config_folder, home.folder / "outside"
+    outside.mkdir(mode=0o700)
+    (outside / "config.toml").write_text(config_for(home.fakes))
+    put(home, "kiro", b"")
+    (outside / "token.json").touch(mode=0o600)
+    files = [(home.config_file, "config.toml"), (home.file("kiro"), "token.json")]
+    mounts = [["--bind", str(outside / name), str(path)] for path, name in files]
+    if request.param == "a read-only folder":
+        mounts.insert(0, ["-o", "bind,ro", str(folder), str(folder)])
+    with ExitStack() as stack:
+        for mount in mounts:
+            try:
+                subprocess.run(["mount", *mount], check=True, capture_output=True)
+            except (OSError, subprocess.SubprocessError):
+                pytest.skip("nothing can be mounted here")
+            stack.callback(subprocess.run, ["umount", mount[-1]], check=True)
+        yield home
+
+
+def test_a_file_that_cannot_be_replaced_is_written_in_place(pinned: Home) -> None:
+    home, fake = pinned, kiro_of(pinned)
+    assert home.rows()["kiro"]["health"] == "not signed in"  # empty, as Docker wants it
+    done = home.run("config", "set", "logging.level", "debug")
+    assert done.status == 0, done
+    assert 'level = "debug"' in (home.folder / "outside" / "config.toml").read_text()
+    home.file("kiro").write_text(json.dumps(token_of(fake, expires_at=int(time.time()) - 10)))
+    before = home.token("kiro")["refresh_token"]
+    with gateway_in(home) as gateway:
+        assert gateway.log().count("file_written_in_place") == 2
+        assert ask(gateway, SONNET)[0] == 200
+        assert fake.refreshes == 1
+        assert home.token("kiro")["refresh_token"] != before
+        assert home.file("kiro").read_bytes().count(b"\n") == 1
+    with gateway_in(home) as gateway:  # as after a restart of the container
+        fake.expire_tokens()
+        assert ask(gateway, SONNET)[0] == 200
+        assert fake.refreshes == 2
+        done = home.run("auth", "revoke", "kiro")
+        assert done.status == 0, done
+        assert ask(gateway, SONNET)[0] == 503
+    assert home.file("kiro").read_bytes() == b""
+    assert home.rows()["kiro"]["health"] == "not signed in"
+
+
+def test_a_torn_write_in_place_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    old, new = {"refresh_token": "o" * 40}, {"refresh_token": "n" * 60}
+    for first, second in ((old, new), (new, old)):
+        before, after = (json.dumps(value).encode() + b"\n" for value in (first, second))
+        at = max(len(before), len(after))
+        long = before.ljust(at, b"\0") + b"\n" + after
+        torn = [long[:cut] for cut in range(len(before), len(long))]
+        assert all(gw.read_private_object(data) == first for data in torn[:-1])
+        torn = [after[:cut] + long[cut:] for cut in range(len(after) + 1)]
+        assert all(gw.read_private_object(data) == second for data in torn)
+        # What is really written, by a process that is stopped after so many bytes:
+        path = tmp_path / "token.json"
+        code = (
+            "import resource, sys, aiclient_api as gw\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+            "gw.write_in_place(sys.argv[1], sys.stdin.buffer.read())"
+        )
+        for limit in (len(before) + 1, at + len(after) // 2, len(long)):
+            path.write_bytes(before)
+            path.chmod(0o600)
+            command = [sys.executable, "-c", code, str(path), str(limit)]
+            done = subprocess.run(
+                command, input=after, capture_output=True, check=False, cwd=Path(gw.__file__).parent
+            )
+            is_whole = limit == len(long)
+            assert (done.returncode == 0) == is_whole, done.stderr
+            assert gw.read_private_object(path.read_bytes()) == (second if is_whole else first)
+        assert path.read_bytes() == after
 
 
 # ---- between processes ---------------------------------------------------------------------------
