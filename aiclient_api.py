@@ -1031,14 +1031,29 @@ def check_url(value: str) -> str:
     return ""
 
 
+def proxy_url(value: str) -> str:
+    """A proxy's URL as curl and Go read it, which do without http://; "" if it is malformed.
+
+    A character that would have to be escaped in the password makes the rest look like a path.
+    """
+    value = value.strip()
+    try:
+        parts = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
+    except ValueError:  # a bracket
+        return ""
+    is_valid = parts.scheme in ("http", "https") and not re.search(r"\s", value)
+    has_rest = parts.path.strip("/") or parts.query or parts.fragment
+    if not is_valid or has_rest or not split_host(parts.netloc.rpartition("@")[2]):
+        return ""
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+PROXY_FORM = "must be like http://[user:password@]host:port; SOCKS is not supported"
+
+
 def check_proxy(value: str) -> str:
     """Never repeats the value: it may contain a password."""
-    try:
-        parts = urllib.parse.urlsplit(value)
-        is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:
-        is_valid = False
-    return "" if is_valid else "must be like http://[user:password@]host:port"
+    return PROXY_FORM if value and not ("://" in value and proxy_url(value)) else ""
 
 
 # Returns the problem with a value of the right type, or "".
@@ -1094,7 +1109,7 @@ class ServerConfig:
 @dataclass(slots=True)
 class NetworkConfig:
     #: "" = HTTPS_PROXY, NO_PROXY; may contain a password
-    proxy: str = setting("", lambda value: check_proxy(value) if value else "", is_secret=True)
+    proxy: str = setting("", check_proxy, is_secret=True)
     ca_file: str = ""  #: an additional PEM bundle
     connect_seconds: float = seconds(10.0)
     first_byte_seconds: float = seconds(120.0)  #: until the upstream's response head
@@ -11128,14 +11143,47 @@ def format_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def environment_proxy(scheme: str, host: str) -> str:
-    """The proxy that the environment or the system configures for a host, or ""."""
-    if sys.platform == "linux" and not any(k.lower().endswith("_proxy") for k in os.environ):
-        return ""  # avoids importing urllib.request
+def is_excepted(host: str, port: int, entry: str) -> bool:
+    """Whether an entry of NO_PROXY names a host: `*`, an address, a CIDR block, or a domain.
+
+    A domain covers all names below it: for curl `.x` is `x`, for Go `*.x` is not x itself.
+    """
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    name = split_host(entry.removeprefix("*").lstrip("."))
+    if name is None or name[1] not in ("", str(port)):
+        return entry == "*"
+    domain = name[0].strip("[]").rstrip(".")
+    return host.endswith(f".{domain}") or (host == domain and not entry.startswith("*"))
+
+
+def read_proxy_variables(environ: Mapping[str, str]) -> Callable[[str, int], str]:
+    """What gives the proxy's URL for a host and a port, or "": all upstreams are https.
+
+    Raises ConfigError, which never contains the value.
+    """
+    names = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    variable = next((name for name in names if environ.get(name, "").strip()), "")
+    if not variable and sys.platform in ("darwin", "win32"):
+        return system_proxy
+    url = proxy_url(environ.get(variable, ""))
+    if variable and not url:
+        raise ConfigError(f"environment: {variable}: {PROXY_FORM}")
+    exceptions = environ.get("no_proxy") or environ.get("NO_PROXY", "")
+    entries = re.split(r"[,\s]+", exceptions.lower())
+
+    def choose(host: str, port: int) -> str:
+        host = host.rstrip(".").lower()
+        return "" if any(is_excepted(host, port, entry) for entry in entries) else url
+
+    return choose
+
+
+def system_proxy(host: str, port: int) -> str:
     if urllib.request.proxy_bypass(host):
         return ""
     proxies = urllib.request.getproxies()
-    return proxies.get(scheme) or proxies.get("all") or ""
+    return proxy_url(proxies.get("https") or proxies.get("all") or "")
 
 
 def count_unsent(connection: socket.socket) -> int:
@@ -11402,6 +11450,8 @@ class HttpClient:
 
     def __init__(self, network: NetworkConfig, ticker: Ticker) -> None:
         self.network = network
+        own = {"https_proxy": network.proxy}  # no exceptions
+        self.choose_proxy = read_proxy_variables(own if network.proxy else os.environ)
         self.ticker = ticker
         self.pool = Pool()
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
@@ -11432,9 +11482,7 @@ class HttpClient:
     def plan_url(self, url: str) -> tuple[Origin, str, str]:
         """(origin, Host field, path), cached by `plan`; loopback never goes through a proxy."""
         scheme, host, port, path = split_url(url)
-        proxy = ""
-        if not is_loopback(host):
-            proxy = self.network.proxy or environment_proxy(scheme, host)
+        proxy = "" if is_loopback(host) else self.choose_proxy(host, port)
         is_default_port = (scheme, port) in (("https", 443), ("http", 80))
         host_header = format_host(host) if is_default_port else f"{format_host(host)}:{port}"
         return Origin(scheme, host, port, proxy), host_header, path
@@ -11542,19 +11590,15 @@ class HttpClient:
 
     async def connect_via_proxy(self, origin: Origin) -> PooledConnection:
         """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
+        scheme, host, port, _ = split_url(origin.proxy)
         proxy = urllib.parse.urlsplit(origin.proxy)
-        if proxy.scheme not in ("http", "https") or not proxy.hostname:
-            raise Unreachable(
-                "The proxy's URL is invalid.", hint="Only http:// and https:// proxies work."
-            )
         target = f"{format_host(origin.host)}:{origin.port}"
         headers = [("Host", target)]
         if proxy.username is not None:
             credentials = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
             encoded = base64.b64encode(credentials.encode()).decode()
             headers.append(("Proxy-Authorization", f"Basic {encoded}"))
-        port = proxy.port or (443 if proxy.scheme == "https" else 8080)
-        tunnel = await self.connect_directly(Origin(proxy.scheme, proxy.hostname, port, ""))
+        tunnel = await self.connect_directly(Origin(scheme, host, port, ""))
         try:
             tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", headers))
             head = await self.read_head(tunnel)
@@ -12187,6 +12231,8 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     apply_environment(config, environ)
     apply_flags(config, flags)
     check_exposure(config)
+    if not config.network.proxy:
+        read_proxy_variables(environ)
     return config
 
 

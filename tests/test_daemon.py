@@ -899,9 +899,9 @@ def test_a_user_without_a_name_or_a_home_needs_the_folders_named() -> None:
 
 
 SHADOWS = (
-    "asyncio argparse base64 bisect copy csv dataclasses datetime email getpass hashlib http inspect "
-    "json keyword logging marshal select shlex signal socket sqlite3 ssl struct subprocess tempfile "
-    "token tokenize tomllib typing urllib zlib"
+    "asyncio argparse base64 bisect copy csv dataclasses datetime email getpass hashlib http "
+    "inspect json keyword logging marshal select shlex signal socket sqlite3 ssl struct subprocess "
+    "tempfile token tokenize tomllib typing urllib zlib"
 )
 
 
@@ -925,6 +925,26 @@ def test_files_beside_the_program_are_not_taken_for_the_library(tmp_path: Path, 
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+MALFORMED_PROXIES = (
+    "http://user:S3CR/ET@host.test:3128", "http://user:12/S3CRET@host.test", "http://[S3CRET",
+    "http://user:S3CRET@host.test:port", "http://user:S3CRET@host.test:99999", "http://S3CRET host",
+    "http://user:S3CR?ET@host.test", "http://user:1#S3CRET@host.test", "http://", "S3CRET@",
+    "socks5://user:S3CRET@host.test:1080",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", MALFORMED_PROXIES)
+def test_a_malformed_proxy_variable_is_named_but_not_shown(machine: Machine, value: str) -> None:
+    variable = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")[len(value) % 3]
+    machine.env[variable] = value
+    for words in ("start --port 0", "auth kiro --method builder-id", "auth import --yes"):
+        said = machine.run(*words.split()).failure()
+        assert f"environment: {variable}: must be like http://[user:password@]host:port" in said
+        assert "S3CR" not in said + machine.log()
+    machine.run("config", "set", "network.proxy", "http://proxy.test:1")
+    assert machine.run("auth", "list").status == 0, "the file's comes first"
 
 
 def test_a_config_that_cannot_be_read_is_told(machine: Machine) -> None:
