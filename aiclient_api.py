@@ -310,6 +310,7 @@ COPILOT_DIRECT_SECONDS = 3600.0  # between account checks of a GitHub token used
 COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus this
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
 FORCED_RENEWAL_GAP_SECONDS = 60.0  # a persistent 403 must not cause a storm of exchanges
+SHARED_WAIT_SECONDS = 2.0  # for each of two databases that another program has locked
 SIGN_IN_RETRY_MAX_SECONDS = 300.0
 SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour
 EXCHANGE_SECONDS = 15.0
@@ -12252,22 +12253,14 @@ def make_private_dir(path: str) -> None:
             os.chmod(path, 0o700)
 
 
-# A file that is a mount of its own, as containers have, cannot be replaced or removed, and nothing
-# can where its folder may not be written to.
-IN_PLACE_ERRORS = (errno.EACCES, errno.EBUSY, errno.EPERM, errno.EROFS, errno.EXDEV)
-
-
 def is_in_place(path: str) -> bool:
-    """Whether a file exists that cannot be replaced, only written to."""
-    if not os.path.isfile(path):
+    """Whether a file can only be written to, not replaced: containers mount single files."""
+    if not os.path.isfile(path) or not os.path.exists("/proc/self/mountinfo"):
         return False
     if not os.access(os.path.dirname(path), os.W_OK):
         return True
-    try:
-        with open("/proc/self/mountinfo", "rb") as file:
-            mounts = {line.split()[4] for line in file}
-    except OSError:
-        return False  # not Linux, or hidden: only the attempt can tell
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = {line.split()[4] for line in file}
     name = os.fsencode(os.path.realpath(path))
     return re.sub(rb"[\\ \t\n]", lambda char: b"\\%03o" % ord(char[0]), name) in mounts
 
@@ -12301,15 +12294,9 @@ def replace_file(path: str, data: bytes) -> None:
     """
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
-    try:
-        replace_by_rename(path, data)
-    except OSError as error:
-        if error.errno not in IN_PLACE_ERRORS or not os.path.isfile(path):
-            raise
+    if is_in_place(path):
         write_in_place(path, data)
-
-
-def replace_by_rename(path: str, data: bytes) -> None:
+        return
     folder = os.path.dirname(path)
     fd, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
@@ -12327,6 +12314,14 @@ def replace_by_rename(path: str, data: bytes) -> None:
             os.fsync(folder_fd)
         finally:
             os.close(folder_fd)
+
+
+def remove_file(path: str) -> None:
+    """Empties it if it cannot be removed; raises OSError."""
+    if is_in_place(path):
+        os.truncate(path, 0)
+    else:
+        os.unlink(path)
 
 
 def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
@@ -12429,10 +12424,7 @@ def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
 
 
 def file_identity(path: str) -> tuple[int, ...]:
-    """Device, inode, time and size: changes when a file is replaced.
-
-    Empty if there is none, or one without content that cannot be removed.
-    """
+    """Device, inode, time and size; empty if there is no file, or as left by `remove_file`."""
     try:
         status = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -12569,10 +12561,7 @@ class TokenFile:
         names = [name for name in names if name == "token.json" or name.startswith(copies)]
         paths = [os.path.join(folder, name) for name in names]
         for path in paths:
-            if is_in_place(path):
-                os.truncate(path, 0)
-            else:
-                os.unlink(path)
+            remove_file(path)
         return paths
 
 
@@ -12647,10 +12636,13 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
 # 14.2 sign-ins shared with other programs
 
 
-def read_json_file(path: str) -> Json | None:
-    """The object in another program's file, None if it is not one; raises OSError."""
+def read_json_file(path: str) -> Json:
+    """The object in another program's file; raises OSError and ValueError."""
     with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
-        return load_object(file.read(MIB))
+        body = load_object(file.read(MIB))
+    if body is None:
+        raise ValueError("it is not a JSON object")
+    return body
 
 
 def read_shared_login(source: Json) -> Json | None:
@@ -12662,7 +12654,10 @@ def read_shared_login(source: Json) -> Json | None:
     """
     path, key = get_str(source, "path"), get_str(source, "key")
     try:
-        return read_cli_login(path, key) if key else read_ide_login(path)
+        if not key:
+            return read_ide_login(path)
+        with contextlib.closing(open_database(path, "ro")) as database:
+            return read_cli_login(database, key)
     except (OSError, ValueError, sqlite3.Error) as error:
         log_event("info", "shared_login_unusable", path=path, reason=error)
         return None
@@ -12676,7 +12671,7 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
     path, key = get_str(source, "path"), get_str(source, "key")
     try:
         if not key:
-            body = read_json_file(path) or {}
+            body = read_json_file(path)
             if either(body, "refresh_token") == used_token:
                 data = json.dumps(with_tokens(body, changes), indent=2).encode()
                 replace_file(os.path.realpath(path), data)
@@ -12694,10 +12689,18 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
+    """Another program's database, which must exist; raises sqlite3.Error and OSError.
+
+    SQLite creates a file beside it to read it, unless told that nobody writes: its write-ahead log
+    is not there.
+    """
     os.close(open_regular(path, "O_RDONLY"))
-    url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
-    return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
+    path = os.path.realpath(path)
+    url = f"file:{urllib.parse.quote(path)}?mode={mode}"
+    has_log = os.path.exists(f"{path}-wal") and os.path.getsize(f"{path}-wal")
+    if mode == "ro" and not has_log and not os.access(os.path.dirname(path), os.W_OK):
+        url += "&immutable=1"
+    return sqlite3.connect(url, uri=True, timeout=SHARED_WAIT_SECONDS, isolation_level=None)
 
 
 def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
@@ -12708,16 +12711,14 @@ def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
 def read_some_json(path: str) -> Json:
     """`read_json_file` of an optional file: {} if it is missing or unusable."""
     try:
-        return read_json_file(path) or {}
-    except OSError:
+        return read_json_file(path)
+    except (OSError, ValueError):
         return {}
 
 
 def read_ide_login(path: str) -> Json:
     """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
     body = read_json_file(path)
-    if body is None:
-        raise ValueError("it is not a JSON object")
     folder = os.path.dirname(path)
     registration: Json = {}
     name = get_str(body, "clientIdHash")
@@ -12729,35 +12730,34 @@ def read_ide_login(path: str) -> Json:
         registration = max(files, key=lambda file: read_time(file.get("expiresAt")), default={})
     profile: Json = {}
     if not either(body, "profile_arn"):
-        base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-        base = "~/Library/Application Support" if sys.platform == "darwin" else base
+        base = user_folder(os.environ, "XDG_CONFIG_HOME", ".config")
+        if sys.platform == "darwin":
+            base = user_folder({}, "", "Library/Application Support")
         profile_path = f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json"
-        profile = read_some_json(os.path.expanduser(profile_path))
+        profile = read_some_json(profile_path)
     return read_kiro_import(body, registration, profile)
 
 
-# Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
+# Row of a sign-in -> its kind; "odic" is the actual spelling.
 CLI_ROWS = {
     "kirocli:social:token": "social", "kirocli:external-idp:token": "external_idp",
     "kirocli:odic:token": "idc", "kirocli:oidc:token": "idc", "codewhisperer:odic:token": "idc",
 }  # fmt: skip
 
 
-def read_cli_login(path: str, key: str) -> Json:
+def read_cli_login(database: sqlite3.Connection, key: str) -> Json:
     """Our token file's content for a row of kiro-cli or Amazon Q.
 
-    Where there is no start URL a sign-in is Builder ID's.  Raises OSError, ValueError and
-    sqlite3.Error.
+    Where there is no start URL a sign-in is Builder ID's.  Raises ValueError and sqlite3.Error.
     """
-    with contextlib.closing(open_database(path, "ro")) as database:
-        body = read_row(database, "auth_kv", key)
-        registration_key = key.rpartition(":")[0] + ":device-registration"
-        registration = read_row(database, "auth_kv", registration_key)
-        try:
-            profile = read_row(database, "state", "api.codewhisperer.profile")
-        except sqlite3.OperationalError:  # older versions have no such table
-            profile = {}
-    kind = CLI_ROWS[key]
+    body = read_row(database, "auth_kv", key)
+    registration_key = key.rpartition(":")[0] + ":device-registration"
+    registration = read_row(database, "auth_kv", registration_key)
+    try:
+        profile = read_row(database, "state", "api.codewhisperer.profile")
+    except sqlite3.OperationalError:  # older versions have no such table
+        profile = {}
+    kind = CLI_ROWS.get(key, "")
     if kind == "idc" and get_str(body, "start_url") in ("", KIRO_BUILDER_START_URL):
         kind = "builder_id"
     return read_kiro_import(body, registration, profile, kind)
@@ -14895,6 +14895,8 @@ class SignInContext:
         path = self.paths.token_file(name)
         with os_error_as(f"{path}: cannot be written", SignInFailed):
             make_private_dir(os.path.dirname(path))
+            if is_in_place(path):
+                return
             with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
                 file.write(bytes(64 * KIB))
                 file.flush()
@@ -15127,7 +15129,7 @@ async def save_kiro_sign_in(
         return await check_kiro(context, name, config)
     except NotSignedIn:
         if previous is None:
-            os.unlink(file.path)
+            remove_file(file.path)
         else:
             await context.save(name, previous)
         raise
@@ -15351,6 +15353,7 @@ class FoundLogin:
     path: str
     content: Json = field(repr=False)  #: of our token file
     host: str = ""  #: GitHub's; "" for Kiro
+    problem: str = ""  #: why it cannot be used
 
     @property
     def kind(self) -> str:
@@ -15366,89 +15369,153 @@ class FoundLogin:
         where = f" at {start_url}" if method == "idc" and start_url else ""
         return f"{labels.get(method, method)}{where}"
 
+    def __str__(self) -> str:
+        if self.problem:
+            return "  " + ": ".join(filter(None, (self.program, self.path, self.problem)))
+        return f"  {self.kind}: {self.account} ({self.program}, {self.path})"
 
-def copilot_login(
-    program: str, path: str, token: str, host: str = "github.com", user: str = ""
-) -> FoundLogin:
-    content = {"type": "copilot", "github_token": token, "login": user}
-    return FoundLogin(program, path, content, host)
-
-
-def find_plugin_logins() -> list[FoundLogin]:
-    """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
-    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
-    base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    logins: dict[str, FoundLogin] = {}
-    for name in ("apps.json", "hosts.json"):
-        path = os.path.join(base, "github-copilot", name)
-        for host, user, token in read_plugin_logins(read_some_json(path)):
-            logins.setdefault(token, copilot_login("an editor's plugin", path, token, host, user))
-    return list(logins.values())
+    def rank(self) -> tuple[Any, ...]:
+        """Sorts usable ones first, and of a kind the living and then the newest."""
+        ends = read_time(self.content.get("sign_in_expires_at")) or math.inf
+        is_dead = ends < time.time()
+        age = -read_time(self.content.get("expires_at"))
+        return bool(self.problem), get_str(self.content, "type"), is_dead, age
 
 
-def find_token(program: str, path: str, text: str) -> list[FoundLogin]:
-    try:
-        return [copilot_login(program, path, clean_token(text))]
-    except SignInFailed:
-        return []
+def copilot_login(path: str, token: str, host: str = "", user: str = "") -> FoundLogin:
+    """Raises SignInFailed."""
+    content = {"type": "copilot", "github_token": clean_token(token), "login": user}
+    return FoundLogin("", path, content, host or "github.com")
 
 
-def find_gh_login() -> list[FoundLogin]:
-    command = ["gh", "auth", "token"]
-    try:
-        result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return find_token("GitHub CLI", "gh auth token", result.stdout)
+def read_plugin_file(path: str) -> Iterator[FoundLogin]:
+    for host, user, token in read_plugin_logins(read_json_file(path)):
+        yield copilot_login(path, token, host, user)
 
 
-def cli_database(program: str) -> str:
-    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    if sys.platform == "darwin":
-        base = "~/Library/Application Support"
-    elif sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~"
-    return os.path.join(base, program, "data.sqlite3")
+def read_opencode_file(path: str) -> Iterator[FoundLogin]:
+    body = read_json_file(path)
+    for entry in (get_dict(body, "github-copilot"), get_dict(body, "github-copilot-enterprise")):
+        if entry:
+            host = get_str(entry, "enterpriseUrl").lower().rpartition("://")[2].partition("/")[0]
+            yield copilot_login(path, get_str(entry, "refresh"), host)
 
 
-def find_kiro_login(
-    program: str, label: str, path: str, keys: Iterable[str] = CLI_ROWS
-) -> list[FoundLogin]:
-    """A sign-in of one of Kiro's own programs, which keeps using it.
-
-    `keys`: rows of the database at `path`, best first; "" if it is the IDE's file.
-    """
-    path = os.path.expanduser(path)
-    for key in keys:
-        source = {"program": program, **({"key": key} if key else {}), "path": path}
-        content = read_shared_login(source)
-        if content is not None:
-            return [FoundLogin(label, path, {**content, "source": source})]
-    return []
+def read_token_text(path: str) -> Iterator[FoundLogin]:
+    with os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8") as file:
+        yield copilot_login(path, file.read(KIB))
 
 
-# The values of `auth import --from`.
-IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
-    "copilot-plugin": find_plugin_logins,
-    "environment": lambda: find_token(  # the variable that the Copilot CLI reads first
-        "the environment", "COPILOT_GITHUB_TOKEN", os.environ.get("COPILOT_GITHUB_TOKEN", "")
-    ),
-    "gh": find_gh_login,
-    "kiro-ide": lambda: find_kiro_login(
-        "kiro-ide", "the Kiro IDE", "~/.aws/sso/cache/kiro-auth-token.json", [""]
-    ),
-    "kiro-cli": lambda: find_kiro_login(
-        "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH") or cli_database("kiro-cli")
-    ),
-    "amazon-q": lambda: find_kiro_login("amazon-q", "Amazon Q", cli_database("amazon-q")),
-}
+def read_variable(path: str) -> Iterator[FoundLogin]:
+    if os.environ.get(path):
+        yield copilot_login(path, os.environ[path])
+
+
+def read_gh(path: str) -> Iterator[FoundLogin]:
+    command = path.split()
+    result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
+    yield copilot_login(path, result.stdout)
+
+
+def read_kiro_file(path: str) -> Iterator[FoundLogin]:
+    yield FoundLogin("", path, {**read_ide_login(path), "source": {"path": path}})
+
+
+def read_kiro_database(path: str) -> Iterator[FoundLogin]:
+    """All rows: dead sign-ins stay beside the living one (seen in 2026-11)."""
+    query = "SELECT key FROM auth_kv WHERE key LIKE '%:token'"
+    with contextlib.closing(open_database(path, "ro")) as database:
+        for (key,) in database.execute(query).fetchall():
+            try:
+                content = read_cli_login(database, key)
+            except ValueError as error:
+                yield FoundLogin("", path, {}, problem=f"{key}: {error}")
+            else:
+                source = {"key": key, "path": path}
+                yield FoundLogin("", path, {**content, "source": source})
+
+
+class LoginSource(NamedTuple):
+    """A program that keeps sign-ins on this machine."""
+
+    program: str  #: as shown to the user
+    #: raises OSError, ValueError, SignInFailed, SubprocessError and sqlite3.Error
+    read: Callable[[str], Iterable[FoundLogin]]
+    #: files, or what else is named to the user; see `login_paths`
+    paths: tuple[str, ...]
+
+
+# The values of `auth import --from`.  VS Code itself keeps its tokens in the system's secret store;
+# of the environment, the Copilot CLI reads this variable first.
+LITELLM, PLUGINS = "HOME/.config/litellm/github_copilot", "CONFIG/github-copilot"
+IMPORTS = {
+    "copilot-plugin": LoginSource("an editor's plugin", read_plugin_file,
+                                  (f"{PLUGINS}/apps.json", f"{PLUGINS}/hosts.json")),
+    "environment": LoginSource("the environment", read_variable, ("COPILOT_GITHUB_TOKEN",)),
+    "gh": LoginSource("GitHub CLI", read_gh, ("gh auth token",)),
+    "copilot-api": LoginSource("copilot-api", read_token_text, ("DATA/copilot-api/github_token",)),
+    "litellm": LoginSource("LiteLLM", read_token_text,
+                           ("$GITHUB_COPILOT_TOKEN_DIR/$GITHUB_COPILOT_ACCESS_TOKEN_FILE",
+                            "$GITHUB_COPILOT_TOKEN_DIR/access-token",
+                            f"{LITELLM}/$GITHUB_COPILOT_ACCESS_TOKEN_FILE",
+                            f"{LITELLM}/access-token")),
+    "opencode": LoginSource("opencode", read_opencode_file, ("DATA/opencode/auth.json",)),
+    "kiro-ide": LoginSource("the Kiro IDE", read_kiro_file,
+                            ("HOME/.aws/sso/cache/kiro-auth-token.json",)),
+    "kiro-cli": LoginSource("kiro-cli", read_kiro_database,
+                            ("$KIROCLI_DB_PATH", "DATA/kiro-cli/data.sqlite3")),
+    "amazon-q": LoginSource("Amazon Q", read_kiro_database, ("DATA/amazon-q/data.sqlite3",)),
+}  # fmt: skip
 OPT_IN_IMPORTS = ("gh",)  # its tokens can do more than Copilot
 
 
-def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
-    """`origins`: of IMPORTS; none = all but ONLY_ON_REQUEST."""
-    origins = origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]
-    return [login for name in origins for login in IMPORTS[name]()]
+def login_paths(pattern: str) -> list[str]:
+    """The system's own place first: programs may know Linux's only, wherever they run."""
+    pattern = os.path.expandvars(pattern)
+    name, _, rest = pattern.partition("/")
+    local, unix = os.environ.get("LOCALAPPDATA", ""), user_folder({}, "", ".local/share")
+    mac = user_folder({}, "", "Library/Application Support")
+    folders = {
+        "CONFIG": [local, user_folder(os.environ, "XDG_CONFIG_HOME", ".config")],
+        "DATA": [local, mac, user_folder(os.environ, "XDG_DATA_HOME", ".local/share"), unix],
+        "HOME": [user_folder({}, "", "")],
+    }
+    if "$" in pattern or name not in folders:
+        return [] if "$" in pattern else [pattern]
+    return [os.path.join(folder, rest) for folder in dict.fromkeys(folders[name]) if folder]
+
+
+def find_logins(origins: Collection[str] = ()) -> list[FoundLogin]:
+    """The sign-ins in `origins`, of IMPORTS; none = all but OPT_IN_IMPORTS.
+
+    The best are first.  Where a source has none, that is a problem as well.
+    """
+    found: list[FoundLogin] = []
+    for name in origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]:
+        source = IMPORTS[name]
+        logins: list[FoundLogin] = []
+        for path in (path for pattern in source.paths for path in login_paths(pattern)):
+            try:
+                logins += source.read(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (
+                OSError,
+                ValueError,
+                ProgramError,
+                subprocess.SubprocessError,
+                sqlite3.Error,
+            ) as e:
+                problem = getattr(e, "strerror", None) or str(e)
+                logins.append(FoundLogin("", path, {}, problem=problem))
+        for login in logins or [FoundLogin("", "", {}, problem="there is nothing")]:
+            login.program = source.program
+            get_dict(login.content, "source")["program"] = name
+            found.append(login)
+    unique: dict[Any, FoundLogin] = {}
+    for login in sorted(found, key=FoundLogin.rank):
+        unique.setdefault(login.content.get("github_token") or id(login), login)
+    return list(unique.values())
 
 
 def target_name(config: Config, login: FoundLogin) -> str:
@@ -15473,10 +15540,8 @@ async def import_logins(
     messages: list[str] = []
     failures = 0
     targets: set[str] = set()
-    say("Found on this machine:")
-    for login in logins:
-        say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
-    for login in logins:
+    say("Found on this machine:", *map(str, logins))
+    for login in (login for login in logins if not login.problem):
         target = name or target_name(context.config, login)
         if target in targets:
             continue
@@ -15587,7 +15652,8 @@ async def revoke_login(context: SignInContext, name: str) -> str:
 
 async def offer_sign_in(context: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
-    logins = find_logins()
+    found = find_logins()
+    logins = [login for login in found if not login.problem]
     say = context.console.say
     options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
     if logins:
@@ -15597,7 +15663,7 @@ async def offer_sign_in(context: SignInContext) -> None:
     try:
         choice = await context.console.choose("There is no account yet.", options)
         if choice == "import":
-            for message in await import_logins(context, logins, "", assume_yes=False):
+            for message in await import_logins(context, found, "", assume_yes=False):
                 say(message)
         elif choice == "copilot":
             say(await sign_in_copilot(context, "copilot"))
@@ -18729,9 +18795,8 @@ def cmd_auth_import(app: App) -> None:
     options = app.options
     app.load_config()  # a broken configuration is reported before anything is read
     logins = find_logins(options.origins)
-    if not logins:
-        searched = ", ".join(options.origins or [n for n in IMPORTS if n not in OPT_IN_IMPORTS])
-        raise ProgramError(f"no sign-in of another program was found; looked at: {searched}")
+    if all(login.problem for login in logins):
+        raise ProgramError("no sign-in of another program was found:", *map(str, logins))
     name = options.name or ""
     messages = run_account_command(app, lambda c: import_logins(c, logins, name, options.yes))
     tell(*(messages or ["Nothing was changed"]))
