@@ -81,8 +81,8 @@ Files read and written
     $XDG_STATE_HOME/aiclient-api/bytecode/               compiled copy of this file
     $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
-    by `auth import` only: ~/.config/github-copilot, ~/.aws/sso/cache, the databases of kiro-cli
-        and Amazon Q; an imported Kiro sign-in is refreshed at its source as well
+    by `auth import` only: the places of IMPORTS, like ~/.config/github-copilot, ~/.aws/sso/cache
+        and kiro-cli's database; an imported Kiro sign-in is refreshed at its source as well
 """
 
 from __future__ import annotations

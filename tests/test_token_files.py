@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -716,6 +718,111 @@ def test_a_command_line_and_the_gateway_live_on_one_sign_in(
         fake.expire_tokens()
         assert ask(gateway, SONNET)[0] == 200
         assert fake.refreshes == 2
+
+
+@pytest.mark.parametrize("dead_is_newer", [False, True])
+def test_the_living_one_of_several_sign_ins_is_found(make: Make, dead_is_newer: bool) -> None:
+    home = make("builder_id")
+    path = database(home, kiro_of(home))
+    dead = {"access_token": "aoaEXAMPLE", "refresh_token": "aorEXAMPLEofnobody",
+            "provider": "google", "expires_at": iso(time.time() + (-30 if dead_is_newer else -90))}  # fmt: skip
+    rows = {"kirocli:social:token": dead, "kirocli:oidc:token": {"access_token": "aoaEXAMPLE"}}
+    with closing(sqlite3.connect(path)) as base:
+        for key, value in rows.items():
+            base.execute("INSERT INTO auth_kv VALUES (?, ?)", (key, json.dumps(value)))
+        base.commit()
+    said = take(home)
+    assert home.token("kiro")["auth_method"] == "builder_id"
+    assert home.token("kiro")["source"]["key"] == "kirocli:odic:token"
+    assert (said.index("google (kiro") < said.index("AWS Builder ID (kiro")) == dead_is_newer
+    assert f"{path}: kirocli:oidc:token: it has no refresh token" in said
+    assert bool(kiro_of(home).violations) == dead_is_newer, "a dead one was tried for nothing"
+    kiro_of(home).violations.clear()
+
+
+def remove_registration(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as base:
+        base.execute("DELETE FROM auth_kv WHERE key LIKE '%:device-registration'")
+        base.commit()
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "torn": (lambda path: path.write_bytes(b"SQLite format 3\0torn"), "file is not a database"),
+    "empty": (lambda path: path.write_bytes(b""), "no such table"),
+    "fifo": (replace_by_fifo, "it is not a plain file"),
+    "no registration": (remove_registration, "it has no client_id and client_secret"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_sign_in_that_cannot_be_used_is_named_with_the_reason(make: Make, case: str) -> None:
+    home = make("builder_id")
+    path = database(home, kiro_of(home))
+    ide = ide_file(home, kiro_of(home))
+    ide.write_bytes(ide.read_bytes()[:-9])
+    prepare, reason = UNUSABLE[case]
+    prepare(path)
+    done = home.run("auth", "import", "--yes")
+    assert (done.status, done.out) == (1, ""), done
+    lines = done.err.splitlines()
+    assert any(line.startswith(f"  kiro-cli: {path}: ") and reason in line for line in lines), done
+    assert f"  the Kiro IDE: {ide}: it is not a JSON object" in lines
+    assert "  opencode: there is nothing" in lines
+
+
+def test_locked_databases_do_not_delay_an_import(make: Make) -> None:
+    home = make("builder_id")
+    paths = [database(home, kiro_of(home), program) for program in ("kiro-cli", "amazon-q")]
+    with ExitStack() as stack:
+        for path in paths:
+            base = stack.enter_context(closing(sqlite3.connect(path)))
+            base.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        done = home.run("auth", "import", "--yes")
+        assert time.monotonic() - began < 5
+    assert done.status == 1
+    assert all(f"{path}: database is locked" in done.err for path in paths)
+
+
+def test_an_idle_database_is_read_from_a_read_only_mount(make: Make) -> None:
+    home = make("builder_id")
+    path = database(home, kiro_of(home), wal=True)
+    mount = ["mount", "-o", "bind,ro", str(path.parent), str(path.parent)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("nothing can be mounted here")
+    try:
+        said = take(home)
+    finally:
+        subprocess.run(["umount", str(path.parent)], check=True)
+    assert "shared_login_not_updated" in said
+    assert home.token("kiro")["auth_method"] == "builder_id"
+
+
+def test_a_sign_in_of_another_user_is_named_with_the_reason(tmp_path: Path) -> None:
+    python = shutil.which("python3", path=os.defpath) or ""
+    new_enough = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+    if os.getuid() or not python or subprocess.run(new_enough, check=False).returncode:
+        pytest.skip("this needs root, and a Python for everybody")
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        os.chown(folder, 54321, 54321)
+        shutil.copy(gw.program_file(), folder)
+        cache = Path(folder, ".aws", "sso", "cache")
+        cache.mkdir(parents=True)
+        (cache / "kiro-auth-token.json").touch(mode=0o600)
+        done = subprocess.run(
+            [python, "aiclient_api.py", "auth", "import", "--yes"],
+            env={"PATH": os.defpath, "HOME": folder}, user=54321, group=54321, cwd=folder,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"  the Kiro IDE: {cache}/kiro-auth-token.json: Permission denied\n" in done.stderr
 
 
 def test_a_refresh_outlives_its_caller_and_the_stop(make: Make) -> None:
