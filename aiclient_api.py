@@ -408,6 +408,8 @@ DEFAULT_LOG_LINES = 50
 # The control channel.
 MAX_CONTROL_BYTES = MIB
 CONTROL_SECONDS = 5.0  # to read or to write one frame
+DOCTOR_SECONDS = 5.0  # for all checks at once; before it, a third for the gateway's status
+MAX_SKEW_SECONDS = 120.0  # of this machine's clock; tokens are renewed minutes before their end
 CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are fetched from upstream
 CONTROL_ACCEPT_SECONDS = 0.5  # before accepting again after too many open files
 MAX_CONTROL_CLIENTS = 16
@@ -440,6 +442,13 @@ MAX_METRIC_SERIES = 200
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
+# As of when the tables of facts are that age: for EDITOR_VERSION and the API versions, and for
+# KIRO_KNOWN_MODELS and KIRO_VENDORS.
+BUILT_IN_FACTS = {
+    "copilot_versions": "2026-11", "copilot_models": "2026-11",
+    "kiro_version": "2026-09", "kiro_models": "2026-08",
+}  # fmt: skip
+MAX_FACTS_MONTHS = 6
 
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
@@ -11158,13 +11167,15 @@ def is_excepted(host: str, port: int, entry: str) -> bool:
     return host.endswith(f".{domain}") or (host == domain and not entry.startswith("*"))
 
 
+PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+
+
 def read_proxy_variables(environ: Mapping[str, str]) -> Callable[[str, int], str]:
     """What gives the proxy's URL for a host and a port, or "": all upstreams are https.
 
     Raises ConfigError, which never contains the value.
     """
-    names = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-    variable = next((name for name in names if environ.get(name, "").strip()), "")
+    variable = next((name for name in PROXY_VARIABLES if environ.get(name, "").strip()), "")
     if not variable and sys.platform in ("darwin", "win32"):
         return system_proxy
     url = proxy_url(environ.get(variable, ""))
@@ -19294,7 +19305,239 @@ def cmd_completion(app: App) -> None:
     print(COMPLETIONS[app.options.shell](list(completion_words(make_parser()))), end="")
 
 
-# 20.9 the program
+# 20.9 doctor
+
+Findings = AsyncIterator[tuple[str, ...]]  # of a check: state, text and maybe a hint
+
+
+class DatedClient(HttpClient):
+    """Compares this machine's clock with that of each host that responds."""
+
+    skew_s = 0.0  #: the largest
+
+    async def exchange(
+        self, connection: PooledConnection, method: str, message: bytes, limit_s: float
+    ) -> UpstreamResponse | None:
+        response = await super().exchange(connection, method, message, limit_s)
+        with contextlib.suppress(TypeError, ValueError):
+            date = response.headers.get("date", "") if response else ""
+            skew_s = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+            self.skew_s = max(self.skew_s, skew_s, key=abs)
+        return response
+
+
+class Examination:
+    """What the checks of `doctor` look at, with the defaults if the configuration is unusable."""
+
+    def __init__(self, app: App) -> None:
+        self.paths, self.config = app.paths, Config()
+        self.command = f"type: {program_command(sys.argv[0])}"
+        self.status: Json = {}  #: of a running gateway
+        self.client: DatedClient | None = None
+        self.accounts: list[AccountProvider[Any]] = []
+        self.config_problem = self.gateway_problem = ""
+        try:
+            self.config = app.load_config()
+            self.client = DatedClient(self.config.network, Ticker())
+            providers = make_providers(self.config, app.paths, self.client, {}).values()
+            self.accounts = [row for row in providers if isinstance(row, AccountProvider)]
+        except ProgramError as error:
+            self.config_problem = str(error)
+        try:
+            self.status = app.ask("status", seconds=DOCTOR_SECONDS / 3)
+        except NotRunning:
+            pass
+        except ProgramError as error:
+            self.gateway_problem = str(error)
+
+
+async def check_program(case: Examination) -> Findings:
+    yield "ok", f"{__version__}, Python {sys.version.split()[0]}, {system_tag()}"
+    oldest, now = min(BUILT_IN_FACTS.values()), time.gmtime()
+    months = (now.tm_year - int(oldest[:4])) * 12 + now.tm_mon - int(oldest[5:])
+    text = f"what is built in about models and versions is {months} months old"
+    yield ("note", text, "update this program") if months > MAX_FACTS_MONTHS else ("ok", text)
+
+
+async def check_folders(case: Examination) -> Findings:
+    for folder in (case.paths.config_dir, case.paths.state_dir):
+        try:
+            check_folder(folder)
+            text = f"{folder}: mode {os.stat(folder).st_mode & 0o7777:04o}"
+            is_writable = os.access(folder, os.W_OK)
+            yield ("ok", text) if is_writable else ("note", f"{text}, not writable")
+        except FileNotFoundError:
+            yield "ok", f"{folder}: will be created"
+        except OSError as error:
+            reason, _, hint = str(error.strerror).partition("; ")
+            yield "fault", f"{folder}: {reason}", hint or "correct its owner or its mode"
+
+
+async def check_settings(case: Examination) -> Findings:
+    if case.config_problem:
+        yield "fault", case.config_problem, "correct it: README.md lists every setting"
+    else:
+        yield "ok", f"{case.paths.config_file}, {len(case.config.origins)} settings"
+    # Never their values, which may contain a password.
+    names = [name for name in (*PROXY_VARIABLES, "no_proxy", "NO_PROXY") if os.environ.get(name)]
+    names = ["network.proxy"] if case.config.network.proxy else names
+    yield "ok", f"proxy: {', '.join(names) or 'none'}"
+
+
+async def check_gateway(case: Examination) -> Findings:
+    server, status = case.config.server, case.status
+    if case.gateway_problem:
+        yield "fault", case.gateway_problem, f"{case.command} stop"
+    elif not status:
+        try:
+            for listener in open_listeners(server.host, server.port):
+                listener.close()
+            yield "note", f"not running; port {server.port} is free", f"{case.command} start"
+        except OSError as error:
+            text = f"port {server.port} cannot be used: {error.strerror}"
+            yield "fault", text, f"{case.command} config set server.port PORT"
+    elif not await asyncio.to_thread(ask_health, status["url"]):
+        yield "fault", f"{status['url']} does not respond", f"{case.command} restart"
+    else:
+        is_same = status["version"] == __version__
+        text = f"{status['version']} is {status['state']} at {status['url']}"
+        yield ("ok", text) if is_same else ("note", text, f"{case.command} restart")
+
+
+def upstream_urls(provider: AccountProvider[Any]) -> list[str]:
+    """Of the hosts that it contacts; none without a sign-in."""
+    config = provider.config
+    try:
+        token: Any = provider.account.load()
+    except NotSignedIn:
+        return []
+    if isinstance(config, CopilotConfig):
+        return [config.github_api_url, *([token.api_url] if token else [])]
+    urls = [kiro_endpoints(token, config)[0].url, kiro_control_urls(token, config)[0]]
+    return urls if token.kind == "api_key" else [*urls, kiro_refresh(token, config)[0]]
+
+
+async def check_hosts(case: Examination) -> Findings:
+    urls = [url for provider in case.accounts for url in upstream_urls(provider)]
+    origins = {case.client.plan(url)[0] for url in urls} if case.client else ()
+    for row in await asyncio.gather(*(check_host(case.client, origin) for origin in origins)):
+        yield row
+
+
+async def check_host(client: Any, origin: Origin) -> tuple[str, ...]:
+    started_at = time.monotonic()
+    try:
+        (await client.connect(origin)).transport.abort()
+    except Unreachable as error:
+        return "fault", error.message, error.hint or "check the network, or set network.proxy"
+    return "ok", f"{origin.host}: connected in {(time.monotonic() - started_at) * 1000:.0f} ms"
+
+
+async def check_accounts(case: Examination) -> Findings:
+    """Without a sign-in at all, that is a fault."""
+    is_any = any(file_identity(provider.account.file.path) for provider in case.accounts)
+    for row in await asyncio.gather(*(check_account(row, is_any) for row in case.accounts)):
+        yield row
+    if case.client and abs(case.client.skew_s) > MAX_SKEW_SECONDS:
+        text = f"this machine's clock is {case.client.skew_s:+.0f} s from that of a service"
+        yield "fault", text, "set the clock: the lifetime of tokens depends on it"
+
+
+async def check_account(provider: AccountProvider[Any], is_any: bool) -> tuple[str, ...]:
+    try:
+        with advising(provider):
+            models, quota = await provider.models(), await provider.quota()
+    except ApiError as error:
+        is_unused = is_any and not file_identity(provider.account.file.path)
+        hint = error.hint or "see `hosts`, or try again later"
+        return "note" if is_unused else "fault", f"{provider.name}: {error.message}", hint
+    plan: Json = quota.as_json() if quota else {"plan": "", "allowances": []}
+    left = "".join(f", {row['name']} {format_remaining(row)}" for row in plan["allowances"])
+    return "ok", f"{provider.name}: plan {plan['plan'] or 'unknown'}, {len(models)} models{left}"
+
+
+# Where clients name their server; see `login_paths`.
+CLIENTS = {
+    "$ANTHROPIC_BASE_URL": "Claude Code", "HOME/.claude/settings.json": "Claude Code",
+    "$CODEX_HOME/config.toml": "Codex", "HOME/.codex/config.toml": "Codex",
+    "CONFIG/opencode/opencode.json": "opencode", "CONFIG/opencode/opencode.jsonc": "opencode",
+    "$OPENAI_BASE_URL": "OpenAI's libraries",
+}  # fmt: skip
+LOOPBACK_PORT = re.compile(r"https?://(?:localhost|127\.[\d.]+|\[::1\]):(\d{1,5})", re.IGNORECASE)
+
+
+async def check_clients(case: Examination) -> Findings:
+    port = split_url(case.status["url"])[2] if case.status else case.config.server.port
+    for pattern, client in CLIENTS.items():
+        for text in login_paths(pattern):
+            where = pattern if "://" in text else text
+            with contextlib.suppress(OSError), open_log(text) as file:
+                text = file.read(MIB)
+            ports = set(map(int, LOOPBACK_PORT.findall(text)))
+            if port in ports:
+                yield "ok", f"{client} points here: {where}"
+            elif ports:
+                hint = f"the gateway's port is {port}"
+                yield "note", f"{client} points to port {min(ports)}: {where}", hint
+
+
+CHECKS: dict[str, Callable[[Examination], Findings]] = {
+    "program": check_program, "folders": check_folders, "settings": check_settings,
+    "gateway": check_gateway, "hosts": check_hosts, "accounts": check_accounts,
+    "clients": check_clients,
+}  # fmt: skip
+
+
+async def run_check(name: str, case: Examination) -> list[Json]:
+    try:
+        async with asyncio.timeout(DOCTOR_SECONDS + 0.5):
+            found = [row async for row in CHECKS[name](case)]
+    except TimeoutError:
+        found = [("fault", f"no result in {DOCTOR_SECONDS:g} s", f"{case.command} logs")]
+    users = [provider.account.file.user for provider in case.accounts]
+    texts = ([anonymous(text, users) for text in (*row, "")] for row in found)
+    return [{"check": name, "state": row[0], "text": row[1], "hint": row[2]} for row in texts]
+
+
+def anonymous(text: str, users: list[str]) -> str:
+    """Without what must not be in a bug report: tokens, e-mail addresses, names of users."""
+    home = user_folder({}, "", "").rstrip("/")
+    text = redact(text, MAX_ERROR_TEXT).replace(home or "~", "~")
+    text = re.sub(r"/(?:home|Users)/[^/\s]+", "~", text)
+    text = re.sub(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", "(e-mail)", text)
+    names = "|".join(map(re.escape, filter(None, users)))
+    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", "(user)", text) if names else text
+
+
+def print_findings(report: Json) -> None:
+    print_table({"": "state", "CHECK": "check", "FINDING": "text"}, report["checks"])
+    tell(*(f"{row['check']}: {row['hint']}" for row in report["checks"] if row["hint"]))
+
+
+@verb("doctor", "say what is wrong, and what to type", AS_JSON)
+def cmd_doctor(app: App) -> int:
+    """Checks this machine, the configuration, the network, the accounts and known clients.
+
+    It shows no secrets and no names of users: the output can go into a bug report.
+    """
+
+    async def run() -> int:
+        case = Examination(app)
+        groups = await asyncio.gather(*(run_check(name, case) for name in CHECKS))
+        checks = [row for group in groups for row in group]
+        is_healthy = all(row["state"] != "fault" for row in checks)
+        app.show({"healthy": is_healthy, "checks": checks}, print_findings)
+        sys.stdout.flush()
+        closing = (provider.wait_closed() for provider in case.accounts)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*closing), DOCTOR_SECONDS / 4)
+        os._exit(not is_healthy)  # a name lookup that hangs would delay the end
+
+    start_log("error")
+    return run_in_loop(run())
+
+
+# 20.10 the program
 
 
 def version_text() -> str:

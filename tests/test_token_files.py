@@ -725,7 +725,8 @@ def test_the_living_one_of_several_sign_ins_is_found(make: Make, dead_is_newer: 
     home = make("builder_id")
     path = database(home, kiro_of(home))
     dead = {"access_token": "aoaEXAMPLE", "refresh_token": "aorEXAMPLEofnobody",
-            "provider": "google", "expires_at": iso(time.time() + (-30 if dead_is_newer else -90))}  # fmt: skip
+            "provider": "google",
+            "expires_at": iso(time.time() + (-30 if dead_is_newer else -90))}  # fmt: skip
     rows = {"kirocli:social:token": dead, "kirocli:oidc:token": {"access_token": "aoaEXAMPLE"}}
     with closing(sqlite3.connect(path)) as base:
         for key, value in rows.items():
