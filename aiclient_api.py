@@ -15424,7 +15424,10 @@ def read_variable(path: str) -> Iterator[FoundLogin]:
 
 def read_gh(path: str) -> Iterator[FoundLogin]:
     command = path.split()
-    result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
+    except subprocess.SubprocessError as error:
+        raise SignInFailed(str(error)) from None
     yield copilot_login(path, result.stdout)
 
 
@@ -15446,36 +15449,26 @@ def read_kiro_database(path: str) -> Iterator[FoundLogin]:
                 yield FoundLogin("", path, {**content, "source": source})
 
 
-class LoginSource(NamedTuple):
-    """A program that keeps sign-ins on this machine."""
-
-    program: str  #: as shown to the user
-    #: raises OSError, ValueError, SignInFailed, SubprocessError and sqlite3.Error
-    read: Callable[[str], Iterable[FoundLogin]]
-    #: files, or what else is named to the user; see `login_paths`
-    paths: tuple[str, ...]
-
-
-# The values of `auth import --from`.  VS Code itself keeps its tokens in the system's secret store;
-# of the environment, the Copilot CLI reads this variable first.
+# The values of `auth import --from`: the program as shown to the user; what reads a path, which may
+# raise OSError, ValueError, SignInFailed and sqlite3.Error; the patterns of its paths.
+# VS Code itself keeps its tokens in the system's secret store.  Of the environment, the Copilot CLI
+# reads this variable first.
 LITELLM, PLUGINS = "HOME/.config/litellm/github_copilot", "CONFIG/github-copilot"
-IMPORTS = {
-    "copilot-plugin": LoginSource("an editor's plugin", read_plugin_file,
-                                  (f"{PLUGINS}/apps.json", f"{PLUGINS}/hosts.json")),
-    "environment": LoginSource("the environment", read_variable, ("COPILOT_GITHUB_TOKEN",)),
-    "gh": LoginSource("GitHub CLI", read_gh, ("gh auth token",)),
-    "copilot-api": LoginSource("copilot-api", read_token_text, ("DATA/copilot-api/github_token",)),
-    "litellm": LoginSource("LiteLLM", read_token_text,
-                           ("$GITHUB_COPILOT_TOKEN_DIR/$GITHUB_COPILOT_ACCESS_TOKEN_FILE",
-                            "$GITHUB_COPILOT_TOKEN_DIR/access-token",
-                            f"{LITELLM}/$GITHUB_COPILOT_ACCESS_TOKEN_FILE",
-                            f"{LITELLM}/access-token")),
-    "opencode": LoginSource("opencode", read_opencode_file, ("DATA/opencode/auth.json",)),
-    "kiro-ide": LoginSource("the Kiro IDE", read_kiro_file,
-                            ("HOME/.aws/sso/cache/kiro-auth-token.json",)),
-    "kiro-cli": LoginSource("kiro-cli", read_kiro_database,
-                            ("$KIROCLI_DB_PATH", "DATA/kiro-cli/data.sqlite3")),
-    "amazon-q": LoginSource("Amazon Q", read_kiro_database, ("DATA/amazon-q/data.sqlite3",)),
+IMPORTS: dict[str, tuple[str, Callable[[str], Iterable[FoundLogin]], tuple[str, ...]]] = {
+    "copilot-plugin": ("an editor's plugin", read_plugin_file,
+                       (f"{PLUGINS}/apps.json", f"{PLUGINS}/hosts.json")),
+    "environment": ("the environment", read_variable, ("COPILOT_GITHUB_TOKEN",)),
+    "gh": ("GitHub CLI", read_gh, ("gh auth token",)),
+    "copilot-api": ("copilot-api", read_token_text, ("DATA/copilot-api/github_token",)),
+    "litellm": ("LiteLLM", read_token_text,
+                ("$GITHUB_COPILOT_TOKEN_DIR/$GITHUB_COPILOT_ACCESS_TOKEN_FILE",
+                 "$GITHUB_COPILOT_TOKEN_DIR/access-token",
+                 f"{LITELLM}/$GITHUB_COPILOT_ACCESS_TOKEN_FILE", f"{LITELLM}/access-token")),
+    "opencode": ("opencode", read_opencode_file, ("DATA/opencode/auth.json",)),
+    "kiro-ide": ("the Kiro IDE", read_kiro_file, ("HOME/.aws/sso/cache/kiro-auth-token.json",)),
+    "kiro-cli": ("kiro-cli", read_kiro_database,
+                 ("$KIROCLI_DB_PATH", "DATA/kiro-cli/data.sqlite3")),
+    "amazon-q": ("Amazon Q", read_kiro_database, ("DATA/amazon-q/data.sqlite3",)),
 }  # fmt: skip
 OPT_IN_IMPORTS = ("gh",)  # its tokens can do more than Copilot
 
@@ -15503,25 +15496,20 @@ def find_logins(origins: Collection[str] = ()) -> list[FoundLogin]:
     """
     found: list[FoundLogin] = []
     for name in origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]:
-        source = IMPORTS[name]
+        program, read, patterns = IMPORTS[name]
         logins: list[FoundLogin] = []
-        for path in (path for pattern in source.paths for path in login_paths(pattern)):
+        for path in (path for pattern in patterns for path in login_paths(pattern)):
             try:
-                logins += source.read(path)
+                logins += read(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except (
-                OSError,
-                ValueError,
-                ProgramError,
-                subprocess.SubprocessError,
-                sqlite3.Error,
-            ) as e:
-                problem = getattr(e, "strerror", None) or str(e)
+            except (OSError, ValueError, ProgramError, sqlite3.Error) as error:
+                problem = getattr(error, "strerror", None) or str(error)
                 logins.append(FoundLogin("", path, {}, problem=problem))
         for login in logins or [FoundLogin("", "", {}, problem="there is nothing")]:
-            login.program = source.program
-            get_dict(login.content, "source")["program"] = name
+            login.program = program
+            if "source" in login.content:
+                login.content["source"]["program"] = name
             found.append(login)
     unique: dict[Any, FoundLogin] = {}
     for login in sorted(found, key=FoundLogin.rank):
