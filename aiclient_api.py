@@ -11608,7 +11608,7 @@ class HttpClient:
         headers = [("Host", target)]
         if proxy.username is not None:
             credentials = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
-            encoded = base64.b64encode(credentials.encode()).decode()
+            encoded = base64.b64encode(os.fsencode(credentials)).decode()
             headers.append(("Proxy-Authorization", f"Basic {encoded}"))
         tunnel = await self.connect_directly(Origin(scheme, host, port, ""))
         try:

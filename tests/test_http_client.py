@@ -998,9 +998,14 @@ def test_a_proxy_is_asked_for_a_tunnel_that_is_then_used_again() -> None:
     assert first.startswith(b"POST /models HTTP/1.1\r\nHost: copilot.test\r\n")
 
 
-def test_a_proxy_gets_the_password_that_its_url_holds() -> None:
-    asked = run(through(tunnel(), "http://copilot.test/", "us%40er:p%3Aass@"))
-    basic = base64.b64encode(b"us@er:p:ass")
+@pytest.mark.parametrize(
+    ("userinfo", "sent"),
+    [("us%40er:p%3Aass@", b"us@er:p:ass"), ("u:a@b@", b"u:a@b"), ("u:\udcff@", b"u:\xff")],
+    ids=ascii,
+)
+def test_a_proxy_gets_the_password_that_its_url_holds(userinfo: str, sent: bytes) -> None:
+    asked = run(through(tunnel(), "http://copilot.test/", userinfo))
+    basic = base64.b64encode(sent)
     assert b"\r\nProxy-Authorization: Basic " + basic + b"\r\n" in asked[0]
     assert not any(b"Proxy-Authorization" in request for request in asked[1:])
 

@@ -389,6 +389,18 @@ def test_a_file_that_cannot_be_replaced_is_written_in_place(pinned: Home) -> Non
     assert home.rows()["kiro"]["health"] == "not signed in"
 
 
+def test_two_containers_share_a_file_that_is_mounted_alone(pinned: Home) -> None:
+    home, fake = pinned, kiro_of(pinned)
+    home.file("kiro").write_text(json.dumps(token_of(fake, expires_at=int(time.time()) - 10)))
+    states = [str(home.folder / name) for name in ("state1", "state2")]
+    with ExitStack() as stack:
+        pair = [stack.enter_context(gateway_in(home, XDG_STATE_HOME=state)) for state in states]
+        with ThreadPoolExecutor(2) as pool:
+            statuses = list(pool.map(lambda gateway: ask(gateway, SONNET)[0], pair))
+    assert statuses == [200, 200]
+    assert fake.refreshes == 1
+
+
 def test_a_torn_write_in_place_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     old, new = {"refresh_token": "o" * 40}, {"refresh_token": "n" * 60}
     for first, second in ((old, new), (new, old)):
