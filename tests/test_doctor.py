@@ -166,7 +166,7 @@ def test_a_gateway_that_is_frozen_and_hosts_that_say_nothing(tmp_path: Path) -> 
         os.kill(pid, signal.SIGCONT)
     assert done.status == 1
     texts = " ".join(row["text"] for row in json.loads(done.out)["checks"])
-    assert f"(process {pid}) does not respond" in texts and "no result" in texts
+    assert f"(process {pid}) does not respond" in texts and "copilot: no response within" in texts
 
 
 class LateCopilot(FakeCopilot):
