@@ -12266,11 +12266,12 @@ def make_private_dir(path: str) -> None:
 
 def is_in_place(path: str) -> bool:
     """Whether a file can only be written to, not replaced: containers mount single files."""
-    if not os.path.isfile(path) or not os.path.exists("/proc/self/mountinfo"):
+    if not os.path.isfile(path):
         return False
     if not os.access(os.path.dirname(path), os.W_OK):
         return True
-    with open("/proc/self/mountinfo", "rb") as file:
+    mounts: set[bytes] = set()
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:  # Linux only
         mounts = {line.split()[4] for line in file}
     name = os.fsencode(os.path.realpath(path))
     return re.sub(rb"[\\ \t\n]", lambda char: b"\\%03o" % ord(char[0]), name) in mounts
