@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 from fakes import FakeCopilot
 from machine import Machine
-from test_sign_in import Home, Json, Make, config_for, copilot_of, gateway_in, kiro_of, make
+from test_sign_in import (
+    Home,
+    Json,
+    Make,
+    closed_port,
+    config_for,
+    copilot_of,
+    gateway_in,
+    kiro_of,
+    make,
+)
 from test_token_files import put, token_of
 
 import aiclient_api as gw
@@ -56,6 +66,7 @@ def healthy(make: Make) -> Home:
     home = make("copilot", "google")
     put(home, "copilot", token_of(copilot_of(home), login="octocat", user="octocat"))
     put(home, "kiro", token_of(kiro_of(home), user="somebody@example.com"))
+    home.env["AICLIENT_API_PORT"] = closed_port().rpartition(":")[2]
     return home
 
 
@@ -182,7 +193,7 @@ class LateCopilot(FakeCopilot):
 def test_a_clock_that_is_wrong(make: Make) -> None:
     home = make("copilot")
     with LateCopilot() as fake:
-        home.config_file.write_text(config_for([fake]))
+        home.config_file.write_text(config_for([fake], "[server]\nport = 0\n"))
         put(home, "copilot", token_of(fake))
         [text] = faults(home)
     assert "clock is -3600 s" in text or "clock is -3599 s" in text
@@ -190,8 +201,9 @@ def test_a_clock_that_is_wrong(make: Make) -> None:
 
 def test_clients_that_point_here_or_elsewhere(healthy: Home) -> None:
     home = healthy
+    port = home.env["AICLIENT_API_PORT"]
     files = {
-        ".claude/settings.json": '{"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9090"}}',
+        ".claude/settings.json": f'{{"env": {{"ANTHROPIC_BASE_URL": "http://127.0.0.1:{port}"}}}}',
         ".codex/config.toml": '[model_providers.x]\nbase_url = "http://localhost:4141/v1"\n',
     }
     for name, text in files.items():
@@ -200,7 +212,7 @@ def test_clients_that_point_here_or_elsewhere(healthy: Home) -> None:
     opencode = home.folder / "config" / "opencode"
     opencode.mkdir()
     (opencode / "opencode.json").write_text('{"baseURL": "https://api.example.com/v1"}')
-    home.env["OPENAI_BASE_URL"] = "http://[::1]:9090/v1"
+    home.env["OPENAI_BASE_URL"] = f"http://[::1]:{port}/v1"
     rows = examine(home, 0)["clients"]
     assert [(row["state"], row["text"]) for row in rows] == [
         ("ok", "Claude Code points here: ~/.claude/settings.json"),
