@@ -81,18 +81,26 @@ Files read and written
     $XDG_STATE_HOME/aiclient-api/bytecode/               compiled copy of this file
     $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
-    by `auth import` only: ~/.config/github-copilot, ~/.aws/sso/cache, the databases of kiro-cli
-        and Amazon Q; an imported Kiro sign-in is refreshed at its source as well
+    by `auth import` only: the places of IMPORTS, like ~/.config/github-copilot, ~/.aws/sso/cache
+        and kiro-cli's database; an imported Kiro sign-in is refreshed at its source as well
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 if sys.version_info < (3, 11):
     raise SystemExit(
         f"aiclient-api needs Python 3.11 or newer; this is Python {sys.version.split()[0]}."
     )
+
+# Python looks in the script's folder first, or with -m in the working directory: a token.py or
+# json.py there must not replace the library's.  A program that imports this file keeps its path.
+if not sys.flags.safe_path and (
+    __name__ == "__main__" or os.path.basename(sys.argv[0]) == "aiclient-api"
+):
+    sys.path[:] = [folder for folder in sys.path[1:] if folder != sys.path[0]]
 
 import contextlib
 import copy
@@ -103,7 +111,6 @@ import importlib.util
 import json
 import marshal
 import math
-import os
 import re
 import stat
 import struct
@@ -309,6 +316,7 @@ COPILOT_DIRECT_SECONDS = 3600.0  # between account checks of a GitHub token used
 COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus this
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
 FORCED_RENEWAL_GAP_SECONDS = 60.0  # a persistent 403 must not cause a storm of exchanges
+SHARED_WAIT_SECONDS = 2.0  # for each of two databases that another program has locked
 SIGN_IN_RETRY_MAX_SECONDS = 300.0
 SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour
 EXCHANGE_SECONDS = 15.0
@@ -410,6 +418,8 @@ DEFAULT_LOG_LINES = 50
 # The control channel.
 MAX_CONTROL_BYTES = MIB
 CONTROL_SECONDS = 5.0  # to read or to write one frame
+DOCTOR_SECONDS = 5.0  # for all checks at once; before it, a third for the gateway's status
+MAX_SKEW_SECONDS = 120.0  # of this machine's clock; tokens are renewed minutes before their end
 CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are fetched from upstream
 CONTROL_ACCEPT_SECONDS = 0.5  # before accepting again after too many open files
 MAX_CONTROL_CLIENTS = 16
@@ -442,6 +452,13 @@ MAX_METRIC_SERIES = 200
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
+# As of when the tables of facts are that age: for EDITOR_VERSION and the API versions, and for
+# KIRO_KNOWN_MODELS and KIRO_VENDORS.
+BUILT_IN_FACTS = {
+    "copilot_versions": "2026-11", "copilot_models": "2026-11",
+    "kiro_version": "2026-09", "kiro_models": "2026-08",
+}  # fmt: skip
+MAX_FACTS_MONTHS = 6
 
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
@@ -1153,14 +1170,29 @@ def check_url(value: str) -> str:
     return ""
 
 
+def proxy_url(value: str) -> str:
+    """A proxy's URL as curl and Go read it, which do without http://; "" if it is malformed.
+
+    A character that would have to be escaped in the password makes the rest look like a path.
+    """
+    value = value.strip()
+    try:
+        parts = urllib.parse.urlsplit(value if "://" in value else f"http://{value}")
+    except ValueError:  # a bracket
+        return ""
+    is_valid = parts.scheme in ("http", "https") and not re.search(r"\s", value)
+    has_rest = parts.path.strip("/") or parts.query or parts.fragment
+    if not is_valid or has_rest or not split_host(parts.netloc.rpartition("@")[2]):
+        return ""
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+PROXY_FORM = "must be like http://[user:password@]host:port; SOCKS is not supported"
+
+
 def check_proxy(value: str) -> str:
     """Never repeats the value: it may contain a password."""
-    try:
-        parts = urllib.parse.urlsplit(value)
-        is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:
-        is_valid = False
-    return "" if is_valid else "must be like http://[user:password@]host:port"
+    return PROXY_FORM if value and not ("://" in value and proxy_url(value)) else ""
 
 
 # Returns the problem with a value of the right type, or "".
@@ -1216,7 +1248,7 @@ class ServerConfig:
 @dataclass(slots=True)
 class NetworkConfig:
     #: "" = HTTPS_PROXY, NO_PROXY; may contain a password
-    proxy: str = setting("", lambda value: check_proxy(value) if value else "", is_secret=True)
+    proxy: str = setting("", check_proxy, is_secret=True)
     ca_file: str = ""  #: an additional PEM bundle
     connect_seconds: float = seconds(10.0)
     first_byte_seconds: float = seconds(120.0)  #: until the upstream's response head
@@ -11737,14 +11769,49 @@ def format_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def environment_proxy(scheme: str, host: str) -> str:
-    """The proxy that the environment or the system configures for a host, or ""."""
-    if sys.platform == "linux" and not any(k.lower().endswith("_proxy") for k in os.environ):
-        return ""  # avoids importing urllib.request
+def is_excepted(host: str, port: int, entry: str) -> bool:
+    """Whether an entry of NO_PROXY names a host: `*`, an address, a CIDR block, or a domain.
+
+    A domain covers all names below it: for curl `.x` is `x`, for Go `*.x` is not x itself.
+    """
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    name = split_host(entry.removeprefix("*").lstrip("."))
+    if name is None or name[1] not in ("", str(port)):
+        return entry == "*"
+    domain = name[0].strip("[]").rstrip(".")
+    return host.endswith(f".{domain}") or (host == domain and not entry.startswith("*"))
+
+
+PROXY_VARIABLES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+
+
+def read_proxy_variables(environ: Mapping[str, str]) -> Callable[[str, int], str]:
+    """What gives the proxy's URL for a host and a port, or "": all upstreams are https.
+
+    Raises ConfigError, which never contains the value.
+    """
+    variable = next((name for name in PROXY_VARIABLES if environ.get(name, "").strip()), "")
+    if not variable and sys.platform in ("darwin", "win32"):
+        return system_proxy
+    url = proxy_url(environ.get(variable, ""))
+    if variable and not url:
+        raise ConfigError(f"environment: {variable}: {PROXY_FORM}")
+    exceptions = environ.get("no_proxy") or environ.get("NO_PROXY", "")
+    entries = re.split(r"[,\s]+", exceptions.lower())
+
+    def choose(host: str, port: int) -> str:
+        host = host.rstrip(".").lower()
+        return "" if any(is_excepted(host, port, entry) for entry in entries) else url
+
+    return choose
+
+
+def system_proxy(host: str, port: int) -> str:
     if urllib.request.proxy_bypass(host):
         return ""
     proxies = urllib.request.getproxies()
-    return proxies.get(scheme) or proxies.get("all") or ""
+    return proxy_url(proxies.get("https") or proxies.get("all") or "")
 
 
 def count_unsent(connection: socket.socket) -> int:
@@ -12012,6 +12079,8 @@ class HttpClient:
 
     def __init__(self, network: NetworkConfig, ticker: Ticker) -> None:
         self.network = network
+        own = {"https_proxy": network.proxy}  # no exceptions
+        self.choose_proxy = read_proxy_variables(own if network.proxy else os.environ)
         self.ticker = ticker
         self.pool = Pool()
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
@@ -12044,9 +12113,7 @@ class HttpClient:
     def plan_url(self, url: str) -> tuple[Origin, str, str]:
         """(origin, Host field, path), cached by `plan`; loopback never goes through a proxy."""
         scheme, host, port, path = split_url(url)
-        proxy = ""
-        if not is_loopback(host):
-            proxy = self.network.proxy or environment_proxy(scheme, host)
+        proxy = "" if is_loopback(host) else self.choose_proxy(host, port)
         is_default_port = (scheme, port) in (("https", 443), ("http", 80))
         host_header = format_host(host) if is_default_port else f"{format_host(host)}:{port}"
         return Origin(scheme, host, port, proxy), host_header, path
@@ -12163,19 +12230,15 @@ class HttpClient:
 
     async def connect_via_proxy(self, origin: Origin) -> PooledConnection:
         """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
+        scheme, host, port, _ = split_url(origin.proxy)
         proxy = urllib.parse.urlsplit(origin.proxy)
-        if proxy.scheme not in ("http", "https") or not proxy.hostname:
-            raise Unreachable(
-                "The proxy's URL is invalid.", hint="Only http:// and https:// proxies work."
-            )
         target = f"{format_host(origin.host)}:{origin.port}"
         headers = [("Host", target)]
         if proxy.username is not None:
             credentials = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
-            encoded = base64.b64encode(credentials.encode()).decode()
+            encoded = base64.b64encode(os.fsencode(credentials)).decode()
             headers.append(("Proxy-Authorization", f"Basic {encoded}"))
-        port = proxy.port or (443 if proxy.scheme == "https" else 8080)
-        tunnel = await self.connect_directly(Origin(proxy.scheme, proxy.hostname, port, ""))
+        tunnel = await self.connect_directly(Origin(scheme, host, port, ""))
         try:
             tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", headers))
             head = await self.read_head(tunnel)
@@ -12709,19 +12772,25 @@ class Paths:
         return os.path.join(self.config_dir, provider, "token.json")
 
 
-def find_paths(environ: dict[str, str]) -> Paths:
-    """The paths for this user; relative XDG values are ignored, as the specification says.
+def user_folder(environ: Mapping[str, str], variable: str, fallback: str) -> str:
+    """The folder that `variable` names, or `fallback` in the user's home; "" if there is none.
 
-    Raises ProgramError where there is no home: a relative one is another in each folder.
+    Containers give users without an entry in passwd the home "/".
     """
     home = "" if environ.get("HOME") == "" else os.path.expanduser("~")
+    in_home = os.path.join(home, fallback) if home.strip("/") else ""
+    folder = environ.get(variable) or in_home
+    return folder if os.path.isabs(folder) else ""
+
+
+def find_paths(environ: dict[str, str]) -> Paths:
+    """Raises ProgramError where a folder is not absolute: it is another in each directory."""
 
     def base(variable: str, fallback: str) -> str:
-        value = environ.get(variable, "")
-        value = value if os.path.isabs(value) else os.path.join(home, fallback)
-        if not os.path.isabs(value):
+        folder = user_folder(environ, variable, fallback)
+        if not folder:
             raise ProgramError(f"set HOME or {variable} to the absolute path of a folder of yours")
-        return os.path.join(value, "aiclient-api")
+        return os.path.join(folder, "aiclient-api")
 
     return Paths(base("XDG_CONFIG_HOME", ".config"), base("XDG_STATE_HOME", ".local/state"))
 
@@ -12823,6 +12892,8 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     apply_environment(config, environ)
     apply_flags(config, flags)
     check_exposure(config)
+    if not config.network.proxy:
+        read_proxy_variables(environ)
     return config
 
 
@@ -12838,7 +12909,42 @@ def make_private_dir(path: str) -> None:
     os.makedirs(path, mode=0o700, exist_ok=True)
     check_folder(path)
     if hasattr(os, "getuid") and os.stat(path).st_mode & 0o077:
-        os.chmod(path, 0o700)
+        with contextlib.suppress(OSError):  # others can only list it
+            os.chmod(path, 0o700)
+
+
+def is_in_place(path: str) -> bool:
+    """Whether a file can only be written to, not replaced: containers mount single files."""
+    if not os.path.isfile(path):
+        return False
+    if not os.access(os.path.dirname(path), os.W_OK):
+        return True
+    mounts: set[bytes] = set()
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:  # Linux only
+        mounts = {line.split()[4] for line in file}
+    name = os.fsencode(os.path.realpath(path))
+    return re.sub(rb"[\\ \t\n]", lambda char: b"\\%03o" % ord(char[0]), name) in mounts
+
+
+def write_in_place(path: str, data: bytes) -> None:
+    """Overwrites a file that cannot be replaced; raises OSError.
+
+    A line goes to the end first, and then to the start: `read_private_object` finds the new one, or
+    if that was never complete the old one, wherever this was interrupted.
+    """
+    with os.fdopen(open_regular(path, "O_RDWR", "O_NOFOLLOW"), "r+b") as file:
+        check_owner(path, os.fstat(file.fileno()))
+        restrict_to_owner(file.fileno())
+        writes = [(0, data)]
+        if data.find(b"\n") == len(data) - 1:
+            writes.insert(0, (max(file.seek(0, os.SEEK_END), len(data)), b"\n" + data))
+        for offset, part in writes:
+            file.seek(offset)
+            file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        file.truncate()
+        os.fsync(file.fileno())
 
 
 def replace_file(path: str, data: bytes) -> None:
@@ -12849,6 +12955,9 @@ def replace_file(path: str, data: bytes) -> None:
     """
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
+    if is_in_place(path):
+        write_in_place(path, data)
+        return
     folder = os.path.dirname(path)
     fd, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
@@ -12866,6 +12975,14 @@ def replace_file(path: str, data: bytes) -> None:
             os.fsync(folder_fd)
         finally:
             os.close(folder_fd)
+
+
+def remove_file(path: str) -> None:
+    """Empties it if it cannot be removed; raises OSError."""
+    if is_in_place(path):
+        os.truncate(path, 0)
+    else:
+        os.unlink(path)
 
 
 def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
@@ -12934,6 +13051,12 @@ def quarantine(path: str) -> None:
     log_event("warning", "damaged_file_renamed", path=new_path)
 
 
+def read_private_object(data: bytes) -> Json | None:
+    """The object in a private file; see `write_in_place` for the lines."""
+    texts = (data, *reversed(data.split(b"\n")[:-1]))
+    return next((value for value in map(load_object, texts) if value is not None), None)
+
+
 def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
     """None if there is no file; takes access away from others.  Raises ProgramError.
 
@@ -12943,9 +13066,12 @@ def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
                 log_event("warning", "token_file_was_readable", path=path)
-            value = load_object(file.read(MIB))
+            value = read_private_object(file.read(MIB))
+        if value is None and not file_identity(path):
+            return None
         if value is None and quarantines:
-            quarantine(path)
+            if not is_in_place(path):
+                quarantine(path)
             return None
     except FileNotFoundError:
         return None
@@ -12959,10 +13085,12 @@ def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
 
 
 def file_identity(path: str) -> tuple[int, ...]:
-    """Device, inode, time and size: changes when a file is replaced.  Empty if there is none."""
+    """Device, inode, time and size; empty if there is no file, or as left by `remove_file`."""
     try:
         status = os.stat(path, follow_symlinks=False)
     except OSError:
+        return ()
+    if not status.st_size and is_in_place(path):
         return ()
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
@@ -13005,9 +13133,11 @@ class TokenFile:
     async def lock(self) -> AsyncIterator[str]:
         """A lock between processes; yields its path.  The kernel releases it if the holder dies.
 
-        Nothing is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
+        It is the sign-in itself where containers may share that file but not its folder.  Nothing
+        is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
         """
         path = os.path.join(os.path.dirname(self.path), "token.lock")
+        path = self.path if is_in_place(self.path) else path
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
             make_private_dir(os.path.dirname(path))
@@ -13092,7 +13222,7 @@ class TokenFile:
         names = [name for name in names if name == "token.json" or name.startswith(copies)]
         paths = [os.path.join(folder, name) for name in names]
         for path in paths:
-            os.unlink(path)
+            remove_file(path)
         return paths
 
 
@@ -13167,10 +13297,13 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
 # 14.2 sign-ins shared with other programs
 
 
-def read_json_file(path: str) -> Json | None:
-    """The object in another program's file, None if it is not one; raises OSError."""
+def read_json_file(path: str) -> Json:
+    """The object in another program's file; raises OSError and ValueError."""
     with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
-        return load_object(file.read(MIB))
+        body = load_object(file.read(MIB))
+    if body is None:
+        raise ValueError("it is not a JSON object")
+    return body
 
 
 def read_shared_login(source: Json) -> Json | None:
@@ -13182,7 +13315,10 @@ def read_shared_login(source: Json) -> Json | None:
     """
     path, key = get_str(source, "path"), get_str(source, "key")
     try:
-        return read_cli_login(path, key) if key else read_ide_login(path)
+        if not key:
+            return read_ide_login(path)
+        with contextlib.closing(open_database(path, "ro")) as database:
+            return read_cli_login(database, key)
     except (OSError, ValueError, sqlite3.Error) as error:
         log_event("info", "shared_login_unusable", path=path, reason=error)
         return None
@@ -13196,7 +13332,7 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
     path, key = get_str(source, "path"), get_str(source, "key")
     try:
         if not key:
-            body = read_json_file(path) or {}
+            body = read_json_file(path)
             if either(body, "refresh_token") == used_token:
                 data = json.dumps(with_tokens(body, changes), indent=2).encode()
                 replace_file(os.path.realpath(path), data)
@@ -13214,10 +13350,18 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
+    """Another program's database, which must exist; raises sqlite3.Error and OSError.
+
+    SQLite creates a file beside it to read it, unless told that nobody writes: its write-ahead log
+    is not there.
+    """
     os.close(open_regular(path, "O_RDONLY"))
-    url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
-    return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
+    path = os.path.realpath(path)
+    url = f"file:{urllib.parse.quote(path)}?mode={mode}"
+    has_log = os.path.exists(f"{path}-wal") and os.path.getsize(f"{path}-wal")
+    if mode == "ro" and not has_log and not os.access(os.path.dirname(path), os.W_OK):
+        url += "&immutable=1"
+    return sqlite3.connect(url, uri=True, timeout=SHARED_WAIT_SECONDS, isolation_level=None)
 
 
 def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
@@ -13228,16 +13372,14 @@ def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
 def read_some_json(path: str) -> Json:
     """`read_json_file` of an optional file: {} if it is missing or unusable."""
     try:
-        return read_json_file(path) or {}
-    except OSError:
+        return read_json_file(path)
+    except (OSError, ValueError):
         return {}
 
 
 def read_ide_login(path: str) -> Json:
     """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
     body = read_json_file(path)
-    if body is None:
-        raise ValueError("it is not a JSON object")
     folder = os.path.dirname(path)
     registration: Json = {}
     name = get_str(body, "clientIdHash")
@@ -13249,35 +13391,34 @@ def read_ide_login(path: str) -> Json:
         registration = max(files, key=lambda file: read_time(file.get("expiresAt")), default={})
     profile: Json = {}
     if not either(body, "profile_arn"):
-        base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-        base = "~/Library/Application Support" if sys.platform == "darwin" else base
+        base = user_folder(os.environ, "XDG_CONFIG_HOME", ".config")
+        if sys.platform == "darwin":
+            base = user_folder({}, "", "Library/Application Support")
         profile_path = f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json"
-        profile = read_some_json(os.path.expanduser(profile_path))
+        profile = read_some_json(profile_path)
     return read_kiro_import(body, registration, profile)
 
 
-# Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
+# Row of a sign-in -> its kind; "odic" is the actual spelling.
 CLI_ROWS = {
     "kirocli:social:token": "social", "kirocli:external-idp:token": "external_idp",
     "kirocli:odic:token": "idc", "kirocli:oidc:token": "idc", "codewhisperer:odic:token": "idc",
 }  # fmt: skip
 
 
-def read_cli_login(path: str, key: str) -> Json:
+def read_cli_login(database: sqlite3.Connection, key: str) -> Json:
     """Our token file's content for a row of kiro-cli or Amazon Q.
 
-    Where there is no start URL a sign-in is Builder ID's.  Raises OSError, ValueError and
-    sqlite3.Error.
+    Where there is no start URL a sign-in is Builder ID's.  Raises ValueError and sqlite3.Error.
     """
-    with contextlib.closing(open_database(path, "ro")) as database:
-        body = read_row(database, "auth_kv", key)
-        registration_key = key.rpartition(":")[0] + ":device-registration"
-        registration = read_row(database, "auth_kv", registration_key)
-        try:
-            profile = read_row(database, "state", "api.codewhisperer.profile")
-        except sqlite3.OperationalError:  # older versions have no such table
-            profile = {}
-    kind = CLI_ROWS[key]
+    body = read_row(database, "auth_kv", key)
+    registration_key = key.rpartition(":")[0] + ":device-registration"
+    registration = read_row(database, "auth_kv", registration_key)
+    try:
+        profile = read_row(database, "state", "api.codewhisperer.profile")
+    except sqlite3.OperationalError:  # older versions have no such table
+        profile = {}
+    kind = CLI_ROWS.get(key, "")
     if kind == "idc" and get_str(body, "start_url") in ("", KIRO_BUILDER_START_URL):
         kind = "builder_id"
     return read_kiro_import(body, registration, profile, kind)
@@ -15417,6 +15558,8 @@ class SignInContext:
         path = self.paths.token_file(name)
         with os_error_as(f"{path}: cannot be written", SignInFailed):
             make_private_dir(os.path.dirname(path))
+            if is_in_place(path):
+                return
             with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
                 file.write(bytes(64 * KIB))
                 file.flush()
@@ -15649,7 +15792,7 @@ async def save_kiro_sign_in(
         return await check_kiro(context, name, config)
     except NotSignedIn:
         if previous is None:
-            os.unlink(file.path)
+            remove_file(file.path)
         else:
             await context.save(name, previous)
         raise
@@ -15873,6 +16016,7 @@ class FoundLogin:
     path: str
     content: Json = field(repr=False)  #: of our token file
     host: str = ""  #: GitHub's; "" for Kiro
+    problem: str = ""  #: why it cannot be used
 
     @property
     def kind(self) -> str:
@@ -15888,89 +16032,141 @@ class FoundLogin:
         where = f" at {start_url}" if method == "idc" and start_url else ""
         return f"{labels.get(method, method)}{where}"
 
+    def __str__(self) -> str:
+        if self.problem:
+            return "  " + ": ".join(filter(None, (self.program, self.path, self.problem)))
+        return f"  {self.kind}: {self.account} ({self.program}, {self.path})"
 
-def copilot_login(
-    program: str, path: str, token: str, host: str = "github.com", user: str = ""
-) -> FoundLogin:
-    content = {"type": "copilot", "github_token": token, "login": user}
-    return FoundLogin(program, path, content, host)
-
-
-def find_plugin_logins() -> list[FoundLogin]:
-    """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
-    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
-    base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    logins: dict[str, FoundLogin] = {}
-    for name in ("apps.json", "hosts.json"):
-        path = os.path.join(base, "github-copilot", name)
-        for host, user, token in read_plugin_logins(read_some_json(path)):
-            logins.setdefault(token, copilot_login("an editor's plugin", path, token, host, user))
-    return list(logins.values())
+    def rank(self) -> tuple[Any, ...]:
+        """Sorts usable ones first, and of a kind the living and then the newest."""
+        ends = read_time(self.content.get("sign_in_expires_at")) or math.inf
+        is_dead = ends < time.time()
+        age = -read_time(self.content.get("expires_at"))
+        return bool(self.problem), get_str(self.content, "type"), is_dead, age
 
 
-def find_token(program: str, path: str, text: str) -> list[FoundLogin]:
-    try:
-        return [copilot_login(program, path, clean_token(text))]
-    except SignInFailed:
-        return []
+def copilot_login(path: str, token: str, host: str = "", user: str = "") -> FoundLogin:
+    """Raises SignInFailed."""
+    content = {"type": "copilot", "github_token": clean_token(token), "login": user}
+    return FoundLogin("", path, content, host or "github.com")
 
 
-def find_gh_login() -> list[FoundLogin]:
-    command = ["gh", "auth", "token"]
+def read_plugin_file(path: str) -> Iterator[FoundLogin]:
+    for host, user, token in read_plugin_logins(read_json_file(path)):
+        yield copilot_login(path, token, host, user)
+
+
+def read_opencode_file(path: str) -> Iterator[FoundLogin]:
+    body = read_json_file(path)
+    for entry in (get_dict(body, "github-copilot"), get_dict(body, "github-copilot-enterprise")):
+        if entry:
+            host = get_str(entry, "enterpriseUrl").lower().rpartition("://")[2].partition("/")[0]
+            yield copilot_login(path, get_str(entry, "refresh"), host)
+
+
+def read_token_text(path: str) -> Iterator[FoundLogin]:
+    with os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8") as file:
+        yield copilot_login(path, file.read(KIB))
+
+
+def read_variable(path: str) -> Iterator[FoundLogin]:
+    if os.environ.get(path):
+        yield copilot_login(path, os.environ[path])
+
+
+def read_gh(path: str) -> Iterator[FoundLogin]:
+    command = path.split()
     try:
         result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return find_token("GitHub CLI", "gh auth token", result.stdout)
+    except subprocess.SubprocessError as error:
+        raise SignInFailed(str(error)) from None
+    yield copilot_login(path, result.stdout)
 
 
-def cli_database(program: str) -> str:
-    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    if sys.platform == "darwin":
-        base = "~/Library/Application Support"
-    elif sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~"
-    return os.path.join(base, program, "data.sqlite3")
+def read_kiro_file(path: str) -> Iterator[FoundLogin]:
+    yield FoundLogin("", path, {**read_ide_login(path), "source": {"path": path}})
 
 
-def find_kiro_login(
-    program: str, label: str, path: str, keys: Iterable[str] = CLI_ROWS
-) -> list[FoundLogin]:
-    """A sign-in of one of Kiro's own programs, which keeps using it.
-
-    `keys`: rows of the database at `path`, best first; "" if it is the IDE's file.
-    """
-    path = os.path.expanduser(path)
-    for key in keys:
-        source = {"program": program, **({"key": key} if key else {}), "path": path}
-        content = read_shared_login(source)
-        if content is not None:
-            return [FoundLogin(label, path, {**content, "source": source})]
-    return []
+def read_kiro_database(path: str) -> Iterator[FoundLogin]:
+    """All rows: dead sign-ins stay beside the living one (seen in 2026-11)."""
+    query = "SELECT key FROM auth_kv WHERE key LIKE '%:token'"
+    with contextlib.closing(open_database(path, "ro")) as database:
+        for (key,) in database.execute(query).fetchall():
+            try:
+                content = read_cli_login(database, key)
+            except ValueError as error:
+                yield FoundLogin("", path, {}, problem=f"{key}: {error}")
+            else:
+                source = {"key": key, "path": path}
+                yield FoundLogin("", path, {**content, "source": source})
 
 
-# The values of `auth import --from`.
-IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
-    "copilot-plugin": find_plugin_logins,
-    "environment": lambda: find_token(  # the variable that the Copilot CLI reads first
-        "the environment", "COPILOT_GITHUB_TOKEN", os.environ.get("COPILOT_GITHUB_TOKEN", "")
-    ),
-    "gh": find_gh_login,
-    "kiro-ide": lambda: find_kiro_login(
-        "kiro-ide", "the Kiro IDE", "~/.aws/sso/cache/kiro-auth-token.json", [""]
-    ),
-    "kiro-cli": lambda: find_kiro_login(
-        "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH") or cli_database("kiro-cli")
-    ),
-    "amazon-q": lambda: find_kiro_login("amazon-q", "Amazon Q", cli_database("amazon-q")),
-}
+# The values of `auth import --from`: the program as shown to the user; what reads a path, which may
+# raise OSError, ValueError, SignInFailed and sqlite3.Error; the patterns of its paths.
+# VS Code itself keeps its tokens in the system's secret store.  Of the environment, the Copilot CLI
+# reads this variable first.
+LITELLM, PLUGINS = "HOME/.config/litellm/github_copilot", "CONFIG/github-copilot"
+IMPORTS: dict[str, tuple[str, Callable[[str], Iterable[FoundLogin]], tuple[str, ...]]] = {
+    "copilot-plugin": ("an editor's plugin", read_plugin_file,
+                       (f"{PLUGINS}/apps.json", f"{PLUGINS}/hosts.json")),
+    "environment": ("the environment", read_variable, ("COPILOT_GITHUB_TOKEN",)),
+    "gh": ("GitHub CLI", read_gh, ("gh auth token",)),
+    "copilot-api": ("copilot-api", read_token_text, ("DATA/copilot-api/github_token",)),
+    "litellm": ("LiteLLM", read_token_text,
+                ("$GITHUB_COPILOT_TOKEN_DIR/$GITHUB_COPILOT_ACCESS_TOKEN_FILE",
+                 "$GITHUB_COPILOT_TOKEN_DIR/access-token",
+                 f"{LITELLM}/$GITHUB_COPILOT_ACCESS_TOKEN_FILE", f"{LITELLM}/access-token")),
+    "opencode": ("opencode", read_opencode_file, ("DATA/opencode/auth.json",)),
+    "kiro-ide": ("the Kiro IDE", read_kiro_file, ("HOME/.aws/sso/cache/kiro-auth-token.json",)),
+    "kiro-cli": ("kiro-cli", read_kiro_database,
+                 ("$KIROCLI_DB_PATH", "DATA/kiro-cli/data.sqlite3")),
+    "amazon-q": ("Amazon Q", read_kiro_database, ("DATA/amazon-q/data.sqlite3",)),
+}  # fmt: skip
 OPT_IN_IMPORTS = ("gh",)  # its tokens can do more than Copilot
 
 
-def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
-    """`origins`: of IMPORTS; none = all but ONLY_ON_REQUEST."""
-    origins = origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]
-    return [login for name in origins for login in IMPORTS[name]()]
+def login_paths(pattern: str) -> list[str]:
+    """The system's own place first: programs may know Linux's only, wherever they run."""
+    pattern = os.path.expandvars(pattern)
+    name, _, rest = pattern.partition("/")
+    local, unix = os.environ.get("LOCALAPPDATA", ""), user_folder({}, "", ".local/share")
+    mac = user_folder({}, "", "Library/Application Support")
+    folders = {
+        "CONFIG": [local, user_folder(os.environ, "XDG_CONFIG_HOME", ".config")],
+        "DATA": [local, mac, user_folder(os.environ, "XDG_DATA_HOME", ".local/share"), unix],
+        "HOME": [user_folder({}, "", "")],
+    }
+    if "$" in pattern or name not in folders:
+        return [] if "$" in pattern else [pattern]
+    return [os.path.join(folder, rest) for folder in dict.fromkeys(folders[name]) if folder]
+
+
+def find_logins(origins: Collection[str] = ()) -> list[FoundLogin]:
+    """The sign-ins in `origins`, of IMPORTS; none = all but OPT_IN_IMPORTS.
+
+    The best are first.  Where a source has none, that is a problem as well.
+    """
+    found: list[FoundLogin] = []
+    for name in origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]:
+        program, read, patterns = IMPORTS[name]
+        logins: list[FoundLogin] = []
+        for path in (path for pattern in patterns for path in login_paths(pattern)):
+            try:
+                logins += read(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError, ProgramError, sqlite3.Error) as error:
+                problem = getattr(error, "strerror", None) or str(error)
+                logins.append(FoundLogin("", path, {}, problem=problem))
+        for login in logins or [FoundLogin("", "", {}, problem="there is nothing")]:
+            login.program = program
+            if "source" in login.content:
+                login.content["source"]["program"] = name
+            found.append(login)
+    unique: dict[Any, FoundLogin] = {}
+    for login in sorted(found, key=FoundLogin.rank):
+        unique.setdefault(login.content.get("github_token") or id(login), login)
+    return list(unique.values())
 
 
 def target_name(config: Config, login: FoundLogin) -> str:
@@ -15995,14 +16191,12 @@ async def import_logins(
     messages: list[str] = []
     failures = 0
     targets: set[str] = set()
-    say("Found on this machine:")
-    for login in logins:
-        say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
-    for login in logins:
+    say("Found on this machine:", *map(str, logins))
+    for login in (login for login in logins if not login.problem):
         target = name or target_name(context.config, login)
         if target in targets:
             continue
-        is_signed_in = os.path.lexists(context.paths.token_file(target))
+        is_signed_in = bool(file_identity(context.paths.token_file(target)))
         if not assume_yes:
             context.show_terms(login.kind, target)
             instead = " instead of its present sign-in" if is_signed_in else ""
@@ -16109,7 +16303,8 @@ async def revoke_login(context: SignInContext, name: str) -> str:
 
 async def offer_sign_in(context: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
-    logins = find_logins()
+    found = find_logins()
+    logins = [login for login in found if not login.problem]
     say = context.console.say
     options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
     if logins:
@@ -16119,7 +16314,7 @@ async def offer_sign_in(context: SignInContext) -> None:
     try:
         choice = await context.console.choose("There is no account yet.", options)
         if choice == "import":
-            for message in await import_logins(context, logins, "", assume_yes=False):
+            for message in await import_logins(context, found, "", assume_yes=False):
                 say(message)
         elif choice == "copilot":
             say(await sign_in_copilot(context, "copilot"))
@@ -18938,6 +19133,10 @@ async def serve(
     raise_descriptor_limit()
     daemon = Daemon(launch, paths, config, log_file)
     mask_in_log(lambda: daemon.gateway.secrets())
+    for path in (paths.config_file, *map(paths.token_file, config.providers)):
+        if is_in_place(path):
+            hint = "it is a mount, or its folder is read-only: mount the folder, writable"
+            log_event("warning", "file_written_in_place", path=path, hint=hint)
     await daemon.listen(listeners)
     control = None
     if fcntl is not None:
@@ -19278,9 +19477,8 @@ def cmd_auth_import(app: App) -> None:
     options = app.options
     app.load_config()  # a broken configuration is reported before anything is read
     logins = find_logins(options.origins)
-    if not logins:
-        searched = ", ".join(options.origins or [n for n in IMPORTS if n not in OPT_IN_IMPORTS])
-        raise ProgramError(f"no sign-in of another program was found; looked at: {searched}")
+    if all(login.problem for login in logins):
+        raise ProgramError("no sign-in of another program was found:", *map(str, logins))
     name = options.name or ""
     messages = run_account_command(app, lambda c: import_logins(c, logins, name, options.yes))
     tell(*(messages or ["Nothing was changed"]))
@@ -19778,7 +19976,246 @@ def cmd_completion(app: App) -> None:
     print(COMPLETIONS[app.options.shell](list(completion_words(make_parser()))), end="")
 
 
-# 20.9 the program
+# 20.9 doctor
+
+Findings = AsyncIterator[tuple[str, ...]]  # of a check: state, text and maybe a hint
+
+
+class DatedClient(HttpClient):
+    """Compares this machine's clock with that of each host that responds."""
+
+    skew_s = 0.0  #: the largest
+
+    async def exchange(
+        self, connection: PooledConnection, method: str, message: bytes, limit_s: float
+    ) -> UpstreamResponse | None:
+        response = await super().exchange(connection, method, message, limit_s)
+        with contextlib.suppress(TypeError, ValueError):
+            date = response.headers.get("date", "") if response else ""
+            skew_s = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+            self.skew_s = max(self.skew_s, skew_s, key=abs)
+        return response
+
+
+class Examination:
+    """What the checks of `doctor` look at, with the defaults if the configuration is unusable."""
+
+    def __init__(self, app: App) -> None:
+        self.paths, self.config = app.paths, Config()
+        self.command = f"type: {program_command(sys.argv[0])}"
+        self.status: Json = {}  #: of a running gateway
+        self.client: DatedClient | None = None
+        self.accounts: list[AccountProvider[Any]] = []
+        self.config_problem = self.gateway_problem = ""
+        try:
+            self.config = app.load_config()
+            self.client = DatedClient(self.config.network, Ticker())
+            providers = make_providers(self.config, app.paths, self.client, {}).values()
+            self.accounts = [row for row in providers if isinstance(row, AccountProvider)]
+        except ProgramError as error:
+            self.config_problem = str(error)
+        try:
+            self.status = app.ask("status", seconds=DOCTOR_SECONDS / 3)
+        except NotRunning:
+            pass
+        except ProgramError as error:
+            self.gateway_problem = str(error)
+
+
+async def check_program(case: Examination) -> Findings:
+    yield "ok", f"{__version__}, Python {sys.version.split()[0]}, {system_tag()}"
+    oldest, now = min(BUILT_IN_FACTS.values()), time.gmtime()
+    months = (now.tm_year - int(oldest[:4])) * 12 + now.tm_mon - int(oldest[5:])
+    text = f"what is built in about models and versions is {months} months old"
+    yield ("note", text, "update this program") if months > MAX_FACTS_MONTHS else ("ok", text)
+
+
+async def check_folders(case: Examination) -> Findings:
+    for folder in (case.paths.config_dir, case.paths.state_dir):
+        try:
+            check_folder(folder)
+            text = f"{folder}: mode {os.stat(folder).st_mode & 0o7777:04o}"
+            is_writable = os.access(folder, os.W_OK)
+            yield ("ok", text) if is_writable else ("note", f"{text}, not writable")
+        except FileNotFoundError:
+            yield "ok", f"{folder}: will be created"
+        except OSError as error:
+            reason, _, hint = str(error.strerror).partition("; ")
+            yield "fault", f"{folder}: {reason}", hint or "correct its owner or its mode"
+
+
+async def check_settings(case: Examination) -> Findings:
+    if case.config_problem:
+        yield "fault", case.config_problem, "correct it: README.md lists every setting"
+    else:
+        yield "ok", f"{case.paths.config_file}, {len(case.config.origins)} settings"
+    # Never their values, which may contain a password.
+    names = [name for name in (*PROXY_VARIABLES, "no_proxy", "NO_PROXY") if os.environ.get(name)]
+    names = ["network.proxy"] if case.config.network.proxy else names
+    yield "ok", f"proxy: {', '.join(names) or 'none'}"
+
+
+async def check_gateway(case: Examination) -> Findings:
+    server, status = case.config.server, case.status
+    if case.gateway_problem:
+        yield "fault", case.gateway_problem, f"{case.command} stop"
+    elif not status:
+        try:
+            for listener in open_listeners(server.host, server.port):
+                listener.close()
+            yield "note", f"not running; port {server.port} is free", f"{case.command} start"
+        except OSError as error:
+            text = f"port {server.port} cannot be used: {error.strerror}"
+            yield "fault", text, f"{case.command} config set server.port PORT"
+    elif not await asyncio.to_thread(ask_health, status["url"]):
+        yield "fault", f"{status['url']} does not respond", f"{case.command} restart"
+    else:
+        is_same = status["version"] == __version__
+        text = f"{status['version']} is {status['state']} at {status['url']}"
+        yield ("ok", text) if is_same else ("note", text, f"{case.command} restart")
+
+
+def upstream_urls(provider: AccountProvider[Any]) -> list[str]:
+    """Of the hosts that it contacts; none without a sign-in."""
+    config = provider.config
+    try:
+        token: Any = provider.account.load()
+    except NotSignedIn:
+        return []
+    if isinstance(config, CopilotConfig):
+        return [config.github_api_url, *([token.api_url] if token else [])]
+    urls = [kiro_endpoints(token, config)[0].url, kiro_control_urls(token, config)[0]]
+    return urls if token.kind == "api_key" else [*urls, kiro_refresh(token, config)[0]]
+
+
+async def limited(subject: str, work: Awaitable[tuple[str, ...]]) -> tuple[str, ...]:
+    try:
+        return await asyncio.wait_for(work, DOCTOR_SECONDS)
+    except TimeoutError:
+        text = f"{subject}: no response within {DOCTOR_SECONDS:g} s"
+        return "fault", text, "check the network, or set network.proxy"
+
+
+async def check_hosts(case: Examination) -> Findings:
+    urls = [url for provider in case.accounts for url in upstream_urls(provider)]
+    origins = dict.fromkeys(case.client.plan(url)[0] for url in urls) if case.client else ()
+    rows = (limited(origin.host, check_host(case.client, origin)) for origin in origins)
+    for row in await asyncio.gather(*rows):
+        yield row
+
+
+async def check_host(client: Any, origin: Origin) -> tuple[str, ...]:
+    started_at = time.monotonic()
+    try:
+        (await client.connect(origin)).transport.abort()
+    except Unreachable as error:
+        return "fault", error.message, error.hint or "check the network, or set network.proxy"
+    return "ok", f"{origin.host}: connected in {(time.monotonic() - started_at) * 1000:.0f} ms"
+
+
+async def check_accounts(case: Examination) -> Findings:
+    """Without a sign-in at all, that is a fault."""
+    is_any = any(file_identity(provider.account.file.path) for provider in case.accounts)
+    rows = (limited(p.name, check_account(p, is_any)) for p in case.accounts)
+    for row in await asyncio.gather(*rows):
+        yield row
+    if case.client and abs(case.client.skew_s) > MAX_SKEW_SECONDS:
+        text = f"this machine's clock is {case.client.skew_s:+.0f} s from that of a service"
+        yield "fault", text, "set the clock: the lifetime of tokens depends on it"
+
+
+async def check_account(provider: AccountProvider[Any], is_any: bool) -> tuple[str, ...]:
+    try:
+        with advising(provider):
+            models, quota = await provider.models(), await provider.quota()
+    except ApiError as error:
+        is_unused = is_any and not file_identity(provider.account.file.path)
+        hint = error.hint or "see `hosts`, or try again later"
+        return "note" if is_unused else "fault", f"{provider.name}: {error.message}", hint
+    plan: Json = quota.as_json() if quota else {"plan": "", "allowances": []}
+    left = "".join(f", {row['name']} {format_remaining(row)}" for row in plan["allowances"])
+    return "ok", f"{provider.name}: plan {plan['plan'] or 'unknown'}, {len(models)} models{left}"
+
+
+# Where clients name their server; see `login_paths`.
+CLIENTS = {
+    "$ANTHROPIC_BASE_URL": "Claude Code", "HOME/.claude/settings.json": "Claude Code",
+    "$CODEX_HOME/config.toml": "Codex", "HOME/.codex/config.toml": "Codex",
+    "CONFIG/opencode/opencode.json": "opencode", "CONFIG/opencode/opencode.jsonc": "opencode",
+    "$OPENAI_BASE_URL": "OpenAI's libraries",
+}  # fmt: skip
+LOOPBACK_PORT = re.compile(r"https?://(?:localhost|127\.[\d.]+|\[::1\]):(\d{1,5})", re.IGNORECASE)
+
+
+async def check_clients(case: Examination) -> Findings:
+    port = split_url(case.status["url"])[2] if case.status else case.config.server.port
+    for pattern, client in CLIENTS.items():
+        for text in login_paths(pattern):
+            where = pattern if "://" in text else text
+            with contextlib.suppress(OSError), open_log(text) as file:
+                text = file.read(MIB)
+            ports = set(map(int, LOOPBACK_PORT.findall(text)))
+            if port in ports:
+                yield "ok", f"{client} points here: {where}"
+            elif ports:
+                hint = f"the gateway's port is {port}"
+                yield "note", f"{client} points to port {min(ports)}: {where}", hint
+
+
+CHECKS: dict[str, Callable[[Examination], Findings]] = {
+    "program": check_program, "folders": check_folders, "settings": check_settings,
+    "gateway": check_gateway, "hosts": check_hosts, "accounts": check_accounts,
+    "clients": check_clients,
+}  # fmt: skip
+
+
+async def run_check(name: str, case: Examination) -> list[Json]:
+    found = [row async for row in CHECKS[name](case)]
+    users = [provider.account.file.user for provider in case.accounts]
+    texts = ([anonymous(text, users) for text in (*row, "")] for row in found)
+    return [{"check": name, "state": row[0], "text": row[1], "hint": row[2]} for row in texts]
+
+
+def anonymous(text: str, users: list[str]) -> str:
+    """Without what must not be in a bug report: tokens, e-mail addresses, names of users."""
+    home = user_folder({}, "", "").rstrip("/")
+    text = redact(text, MAX_ERROR_TEXT).replace(home or "~", "~")
+    text = re.sub(r"/(?:home|Users)/[^/\s]+", "~", text)
+    text = re.sub(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", "(e-mail)", text)
+    names = "|".join(map(re.escape, filter(None, users)))
+    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", "(user)", text) if names else text
+
+
+def print_findings(report: Json) -> None:
+    print_table({"": "state", "CHECK": "check", "FINDING": "text"}, report["checks"])
+    hints = [f"{row['check']}: {row['hint']}" for row in report["checks"] if row["hint"]]
+    tell(*dict.fromkeys(hints))
+
+
+@verb("doctor", "say what is wrong, and what to type", AS_JSON)
+def cmd_doctor(app: App) -> int:
+    """Checks this machine, the configuration, the network, the accounts and known clients.
+
+    It shows no secrets and no names of users: the output can go into a bug report.
+    """
+
+    async def run() -> int:
+        case = Examination(app)
+        groups = await asyncio.gather(*(run_check(name, case) for name in CHECKS))
+        checks = [row for group in groups for row in group]
+        is_healthy = all(row["state"] != "fault" for row in checks)
+        app.show({"healthy": is_healthy, "checks": checks}, print_findings)
+        sys.stdout.flush()
+        closing = (provider.wait_closed() for provider in case.accounts)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*closing), DOCTOR_SECONDS / 4)
+        os._exit(not is_healthy)  # a name lookup that hangs would delay the end
+
+    start_log("error")
+    return run_in_loop(run())
+
+
+# 20.10 the program
 
 
 def version_text() -> str:

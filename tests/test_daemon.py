@@ -14,6 +14,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from machine import (
     request_bytes,
     wait_until,
 )
-from support import PROGRAM, ResponseReader, Wire
+from support import PROGRAM, ResponseReader, Wire, clean_environment
 
 import aiclient_api as gw
 
@@ -860,12 +861,90 @@ def test_folders_of_any_name_serve_all_verbs(machine: Machine, odd: str) -> None
     assert machine.run("stop").status == 0
 
 
-@pytest.mark.parametrize("home", ["", "here"])
-def test_a_home_that_is_no_absolute_path_is_refused(machine: Machine, home: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"HOME": ""}, {"HOME": "here"}, {"HOME": "/"}, {"XDG_STATE_HOME": "here"},
+     {"HOME": "", "XDG_STATE_HOME": "~/state"}],
+    ids=str,
+)  # fmt: skip
+def test_a_home_that_is_no_absolute_path_is_refused(
+    machine: Machine, changes: dict[str, str]
+) -> None:
     del machine.env["XDG_STATE_HOME"]
-    machine.env["HOME"] = home
-    for verb in ("start", "status", "logs", "stop"):
-        assert "set HOME or XDG_STATE_HOME" in machine.run(verb).failure()
+    machine.env |= changes
+    for verb in ("start", "status", "logs", "stop", "auth import"):
+        said = machine.run(*verb.split()).failure()
+        assert "set HOME or XDG_STATE_HOME to the absolute path" in said
+    assert os.listdir(machine.folder) == ["home"]
+
+
+def test_a_user_without_a_name_or_a_home_needs_the_folders_named() -> None:
+    python = shutil.which("python3", path=os.defpath) or ""
+    new_enough = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+    if os.getuid() or not python or subprocess.run(new_enough, check=False).returncode:
+        pytest.skip("this needs root, and a Python for everybody")
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        shutil.copy(gw.program_file(), folder)
+        os.chown(folder, 54321, 54321)
+        named = {"XDG_CONFIG_HOME": f"{folder}/c", "XDG_STATE_HOME": f"{folder}/s"}
+        for env in ({}, named):
+            done = subprocess.run(
+                [python, "aiclient_api.py", "config", "set", "server.port", "1"],
+                env={"PATH": os.defpath, **env}, user=54321, group=54321, cwd=folder,
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == (0 if env else 1), done.stderr
+            assert bool(env) or "set HOME or XDG_CONFIG_HOME" in done.stderr
+            assert sorted(os.listdir(folder)) == ["aiclient_api.py"] + ["c"] * bool(env)
+
+
+SHADOWS = (
+    "asyncio argparse base64 bisect copy csv dataclasses datetime email getpass hashlib http "
+    "inspect json keyword logging marshal select shlex signal socket sqlite3 ssl struct subprocess "
+    "tempfile token tokenize tomllib typing urllib zlib"
+)
+
+
+@pytest.mark.parametrize("how", ["script", "module", "console script"])
+def test_files_beside_the_program_are_not_taken_for_the_library(tmp_path: Path, how: str) -> None:
+    for name in SHADOWS.split():
+        if how == "module" and name in ("keyword", "typing"):
+            continue  # Python itself needs them before
+        package = tmp_path / name
+        package.mkdir()
+        (package / "__init__.py").write_text("raise SystemExit('not the library')")
+    env = clean_environment(tmp_path)
+    shutil.copy(gw.program_file(), tmp_path / "aiclient_api.py")
+    script = tmp_path / "aiclient-api"
+    script.write_text("import sys\nfrom aiclient_api import main\nsys.exit(main())\n")
+    words = {"script": ["aiclient_api.py"], "module": ["-m", "aiclient_api"]}
+    command = [sys.executable, *words.get(how, [str(script)])]
+    for verb in ("start --port 0", "stop") if how == "script" else ("auth list",):
+        done = subprocess.run(
+            [*command, *verb.split()], env=env, cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+MALFORMED_PROXIES = (
+    "http://user:S3CR/ET@host.test:3128", "http://user:12/S3CRET@host.test", "http://[S3CRET",
+    "http://user:S3CRET@host.test:port", "http://user:S3CRET@host.test:99999", "http://S3CRET host",
+    "http://user:S3CR?ET@host.test", "http://user:1#S3CRET@host.test", "http://", "S3CRET@",
+    "socks5://user:S3CRET@host.test:1080",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", MALFORMED_PROXIES)
+def test_a_malformed_proxy_variable_is_named_but_not_shown(machine: Machine, value: str) -> None:
+    variable = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")[len(value) % 3]
+    machine.env[variable] = value
+    for words in ("start --port 0", "auth kiro --method builder-id", "auth import --yes"):
+        said = machine.run(*words.split()).failure()
+        assert f"environment: {variable}: must be like http://[user:password@]host:port" in said
+        assert "S3CR" not in said + machine.log()
+    machine.run("config", "set", "network.proxy", "http://proxy.test:1")
+    assert machine.run("auth", "list").status == 0, "the file's comes first"
 
 
 def test_a_config_that_cannot_be_read_is_told(machine: Machine) -> None:

@@ -17,8 +17,6 @@ import re
 import socket
 import ssl
 import struct
-import subprocess
-import sys
 import threading
 import tracemalloc
 import zlib
@@ -1000,9 +998,14 @@ def test_a_proxy_is_asked_for_a_tunnel_that_is_then_used_again() -> None:
     assert first.startswith(b"POST /models HTTP/1.1\r\nHost: copilot.test\r\n")
 
 
-def test_a_proxy_gets_the_password_that_its_url_holds() -> None:
-    asked = run(through(tunnel(), "http://copilot.test/", "us%40er:p%3Aass@"))
-    basic = base64.b64encode(b"us@er:p:ass")
+@pytest.mark.parametrize(
+    ("userinfo", "sent"),
+    [("us%40er:p%3Aass@", b"us@er:p:ass"), ("u:a@b@", b"u:a@b"), ("u:\udcff@", b"u:\xff")],
+    ids=ascii,
+)
+def test_a_proxy_gets_the_password_that_its_url_holds(userinfo: str, sent: bytes) -> None:
+    asked = run(through(tunnel(), "http://copilot.test/", userinfo))
+    basic = base64.b64encode(sent)
     assert b"\r\nProxy-Authorization: Basic " + basic + b"\r\n" in asked[0]
     assert not any(b"Proxy-Authorization" in request for request in asked[1:])
 
@@ -1058,35 +1061,52 @@ def test_loopback_is_never_reached_through_a_proxy(host: str) -> None:
     assert run(story()) == (200, b"ok")
 
 
-ENVIRONMENTS: list[tuple[dict[str, str], str, str, str]] = [
-    ({}, "https", "api.test", ""),
-    ({"HTTPS_PROXY": "http://p:1"}, "https", "api.test", "http://p:1"),
-    ({"https_proxy": "http://p:2"}, "https", "api.test", "http://p:2"),
-    ({"ALL_PROXY": "http://p:3"}, "https", "api.test", "http://p:3"),
-    ({"HTTP_PROXY": "http://p:4"}, "https", "api.test", ""),
-    ({"HTTPS_PROXY": "http://p:5", "NO_PROXY": "api.test"}, "https", "api.test", ""),
-    ({"HTTPS_PROXY": "http://p:6", "NO_PROXY": ".test,other"}, "https", "api.test", ""),
-    ({"HTTPS_PROXY": "http://p:7", "NO_PROXY": "*"}, "https", "api.test", ""),
-    ({"HTTPS_PROXY": "http://p:8", "NO_PROXY": "pi.test"}, "https", "api.test", "http://p:8"),
-    ({"HTTPS_PROXY": "http://p:9", "no_proxy": "other"}, "https", "api.test", "http://p:9"),
-]
+P = "http://p:1"
+HOST, PORT = "api.test", 443
 
 
-ENVIRONMENT_SCRIPT = """
-import json, os, sys
-import aiclient_api as gw
-for environment, scheme, host, _ in json.loads(sys.argv[1]):
-    os.environ.clear()
-    os.environ.update(environment)
-    print(gw.environment_proxy(scheme, host))
-"""
+@pytest.mark.parametrize(
+    ("environ", "proxy"),
+    [
+        ({}, ""),
+        ({"HTTPS_PROXY": P}, P),
+        ({"https_proxy": P, "HTTPS_PROXY": "http://other:1"}, P),
+        ({"https_proxy": " ", "HTTPS_PROXY": P}, P),  # compose files give blanks for unset ones
+        ({"ALL_PROXY": P}, P),
+        ({"all_proxy": "socks5://other", "https_proxy": P}, P),
+        ({"HTTP_PROXY": P}, ""),
+        ({"HTTPS_PROXY": "p:1"}, P),
+        ({"HTTPS_PROXY": " http://p:1/ \n"}, P),
+        ({"HTTPS_PROXY": "HTTP://p:1"}, P),
+        ({"HTTPS_PROXY": "u:a@b@p"}, "http://u:a@b@p"),
+        ({"HTTPS_PROXY": "https://[::1]:8"}, "https://[::1]:8"),
+    ],
+    ids=str,
+)
+def test_the_environment_names_the_proxy(environ: dict[str, str], proxy: str) -> None:
+    assert gw.read_proxy_variables(environ)(HOST, PORT) == proxy
 
 
-def test_the_environment_names_the_proxy_and_its_exceptions() -> None:
-    command = [sys.executable, "-c", ENVIRONMENT_SCRIPT, json.dumps(ENVIRONMENTS)]
-    folder = Path(gw.__file__).parent
-    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    assert done.stdout.split("\n")[:-1] == [proxy for *_, proxy in ENVIRONMENTS]
+@pytest.mark.parametrize(
+    ("exceptions", "host", "excepted"),
+    [
+        ("api.test", HOST, True), ("API.test", HOST, True), (".test,other", HOST, True),
+        ("*", HOST, True), ("pi.test", HOST, False), ("other", HOST, False), ("", HOST, False),
+        ("a, api.test ,b", HOST, True), ("a api.test", HOST, True), ("*.test", HOST, True),
+        ("*.api.test", HOST, False), (".api.test", HOST, True), ("*.api.test", "x.api.test", True),
+        ("api.test:443", HOST, True), ("api.test:8443", HOST, False), ("*:443", HOST, False),
+        ("api.test.", HOST, True), ("api.test", "API.TEST.", True), ("10.0.0.0/8", HOST, False),
+        ("10.0.0.0/8", "10.1.2.3", True), ("10.1.2.3/8", "10.9.9.9", True),
+        ("10.0.0.0/8", "11.1.2.3", False), ("10.1.2.3", "10.1.2.3", True),
+        ("10.1.2.3:443", "10.1.2.3", True), ("fd00::/8", "fd00::1", True),
+        ("[fd00::1]:443", "fd00::1", True), ("[fd00::1]:1", "fd00::1", False),
+        ("a:b:c,[,/,:1,a/b,999.1/99", HOST, False),
+    ],
+)  # fmt: skip
+def test_no_proxy_is_read_as_curl_and_go_do(exceptions: str, host: str, excepted: bool) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        choose = gw.read_proxy_variables({"HTTPS_PROXY": P, name: exceptions})
+        assert choose(host, PORT) == ("" if excepted else P)
 
 
 # ---- TLS -----------------------------------------------------------------------------------------

@@ -1087,6 +1087,58 @@ def test_import_of_several_users_and_hosts(make: Make) -> None:
     home.fakes[0].violations.clear()  # the token of nobody
 
 
+OTHER_STORES: dict[str, tuple[str, str, str, dict[str, str]]] = {
+    # name: (program, path in the home, content, environment)
+    "copilot-api": ("copilot-api", ".local/share/copilot-api/github_token", "TOKEN\n", {}),
+    "copilot-api on macOS": (
+        "copilot-api", "Library/Application Support/copilot-api/github_token", "TOKEN", {},
+    ),
+    "litellm": ("LiteLLM", ".config/litellm/github_copilot/access-token", "TOKEN", {}),
+    "litellm elsewhere": (
+        "LiteLLM", "tokens/mine", "TOKEN",
+        {"GITHUB_COPILOT_TOKEN_DIR": "HOME/tokens", "GITHUB_COPILOT_ACCESS_TOKEN_FILE": "mine"},
+    ),
+    "opencode": (
+        "opencode", ".local/share/opencode/auth.json",
+        '{"anthropic": {}, "github-copilot": {"type": "oauth", "refresh": "TOKEN", "access": "x"}}',
+        {},
+    ),
+    "opencode elsewhere": (
+        "opencode", "data/opencode/auth.json",
+        '{"github-copilot": {"type": "oauth", "refresh": "TOKEN", "expires": 0}}',
+        {"XDG_DATA_HOME": "HOME/data"},
+    ),
+    "opencode for a company": (
+        "opencode", ".local/share/opencode/auth.json",
+        '{"github-copilot-enterprise": {"refresh": "TOKEN", "enterpriseUrl": "http://Acme.ghe.com"}}',
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_STORES)
+def test_import_from_other_gateways(make: Make, case: str) -> None:
+    home = make("copilot")
+    program, name, content, env = OTHER_STORES[case]
+    home.env |= {key: value.replace("HOME", str(home.path)) for key, value in env.items()}
+    path = home.path / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content.replace("TOKEN", copilot_of(home).github_token))
+    # It is GitHub's own, so that its provider cannot be the imitation: no net, no harm.
+    home.config_file.write_text(f'[network]\nproxy = "http://{closed_port()}"\n')
+    done = home.run("auth", "import", "--yes")
+    assert done.status == 0, done
+    host, target = "github.com", "copilot"
+    if "company" in case:
+        host, target = "acme.ghe.com", "copilot-acme"
+    assert f"  copilot: an account at {host} ({program}, {path})\n" in done.said
+    assert home.token(target)["github_token"] == copilot_of(home).github_token
+    path.write_text("")
+    done = home.run("auth", "import", "--yes")
+    assert done.status == 1
+    assert f"  {program}: {path}: " in done.err
+
+
 def test_import_asks_gh_only_when_told_to(make: Make, tmp_path: Path) -> None:
     home = make("copilot", direct=True, github_token="gho_EXAMPLE00000000000000000000000000")
     folder = tmp_path / "bin"

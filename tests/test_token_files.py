@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import stat
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -335,6 +338,99 @@ def fill(folder: Path) -> None:
                 return
 
 
+# ---- files that cannot be replaced ---------------------------------------------------------------
+
+
+@pytest.fixture(params=["a mount", "a read-only folder"])
+def pinned(make: Make, request: pytest.FixtureRequest) -> Iterator[Home]:
+    """Somebody whose configuration and Kiro sign-in are mounted as single files."""
+    home = make("google")
+    folder, outside = home.config_folder, home.folder / "outside"
+    outside.mkdir(mode=0o700)
+    (outside / "config.toml").write_text(config_for(home.fakes))
+    put(home, "kiro", b"")
+    (outside / "token.json").touch(mode=0o600)
+    files = [(home.config_file, "config.toml"), (home.file("kiro"), "token.json")]
+    mounts = [["--bind", str(outside / name), str(path)] for path, name in files]
+    if request.param == "a read-only folder":
+        mounts.insert(0, ["-o", "bind,ro", str(folder), str(folder)])
+    with ExitStack() as stack:
+        for mount in mounts:
+            try:
+                subprocess.run(["mount", *mount], check=True, capture_output=True)
+            except (OSError, subprocess.SubprocessError):
+                pytest.skip("nothing can be mounted here")
+            stack.callback(subprocess.run, ["umount", mount[-1]], check=True)
+        yield home
+
+
+def test_a_file_that_cannot_be_replaced_is_written_in_place(pinned: Home) -> None:
+    home, fake = pinned, kiro_of(pinned)
+    assert home.rows()["kiro"]["health"] == "not signed in"  # empty, as Docker wants it
+    done = home.run("config", "set", "logging.level", "debug")
+    assert done.status == 0, done
+    assert 'level = "debug"' in (home.folder / "outside" / "config.toml").read_text()
+    home.file("kiro").write_text(json.dumps(token_of(fake, expires_at=int(time.time()) - 10)))
+    before = home.token("kiro")["refresh_token"]
+    with gateway_in(home) as gateway:
+        assert gateway.log().count("file_written_in_place") == 2
+        assert ask(gateway, SONNET)[0] == 200
+        assert fake.refreshes == 1
+        assert home.token("kiro")["refresh_token"] != before
+        assert home.file("kiro").read_bytes().count(b"\n") == 1
+    with gateway_in(home) as gateway:  # as after a restart of the container
+        fake.expire_tokens()
+        assert ask(gateway, SONNET)[0] == 200
+        assert fake.refreshes == 2
+        done = home.run("auth", "revoke", "kiro")
+        assert done.status == 0, done
+        assert ask(gateway, SONNET)[0] == 503
+    assert home.file("kiro").read_bytes() == b""
+    assert home.rows()["kiro"]["health"] == "not signed in"
+
+
+def test_two_containers_share_a_file_that_is_mounted_alone(pinned: Home) -> None:
+    home, fake = pinned, kiro_of(pinned)
+    home.file("kiro").write_text(json.dumps(token_of(fake, expires_at=int(time.time()) - 10)))
+    states = [str(home.folder / name) for name in ("state1", "state2")]
+    with ExitStack() as stack:
+        pair = [stack.enter_context(gateway_in(home, XDG_STATE_HOME=state)) for state in states]
+        with ThreadPoolExecutor(2) as pool:
+            statuses = list(pool.map(lambda gateway: ask(gateway, SONNET)[0], pair))
+    assert statuses == [200, 200]
+    assert fake.refreshes == 1
+
+
+def test_a_torn_write_in_place_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    old, new = {"refresh_token": "o" * 40}, {"refresh_token": "n" * 60}
+    for first, second in ((old, new), (new, old)):
+        before, after = (json.dumps(value).encode() + b"\n" for value in (first, second))
+        at = max(len(before), len(after))
+        long = before.ljust(at, b"\0") + b"\n" + after
+        torn = [long[:cut] for cut in range(len(before), len(long))]
+        assert all(gw.read_private_object(data) == first for data in torn[:-1])
+        torn = [after[:cut] + long[cut:] for cut in range(len(after) + 1)]
+        assert all(gw.read_private_object(data) == second for data in torn)
+        # What is really written, by a process that is stopped after so many bytes:
+        path = tmp_path / "token.json"
+        code = (
+            "import resource, sys, aiclient_api as gw\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+            "gw.write_in_place(sys.argv[1], sys.stdin.buffer.read())"
+        )
+        for limit in (len(before) + 1, at + len(after) // 2, len(long)):
+            path.write_bytes(before)
+            path.chmod(0o600)
+            command = [sys.executable, "-c", code, str(path), str(limit)]
+            done = subprocess.run(
+                command, input=after, capture_output=True, check=False, cwd=Path(gw.__file__).parent
+            )
+            is_whole = limit == len(long)
+            assert (done.returncode == 0) == is_whole, done.stderr
+            assert gw.read_private_object(path.read_bytes()) == (second if is_whole else first)
+        assert path.read_bytes() == after
+
+
 # ---- between processes ---------------------------------------------------------------------------
 
 
@@ -634,6 +730,112 @@ def test_a_command_line_and_the_gateway_live_on_one_sign_in(
         fake.expire_tokens()
         assert ask(gateway, SONNET)[0] == 200
         assert fake.refreshes == 2
+
+
+@pytest.mark.parametrize("dead_is_newer", [False, True])
+def test_the_living_one_of_several_sign_ins_is_found(make: Make, dead_is_newer: bool) -> None:
+    home = make("builder_id")
+    path = database(home, kiro_of(home))
+    dead = {"access_token": "aoaEXAMPLE", "refresh_token": "aorEXAMPLEofnobody",
+            "provider": "google",
+            "expires_at": iso(time.time() + (-30 if dead_is_newer else -90))}  # fmt: skip
+    rows = {"kirocli:social:token": dead, "kirocli:oidc:token": {"access_token": "aoaEXAMPLE"}}
+    with closing(sqlite3.connect(path)) as base:
+        for key, value in rows.items():
+            base.execute("INSERT INTO auth_kv VALUES (?, ?)", (key, json.dumps(value)))
+        base.commit()
+    said = take(home)
+    assert home.token("kiro")["auth_method"] == "builder_id"
+    assert home.token("kiro")["source"]["key"] == "kirocli:odic:token"
+    assert (said.index("google (kiro") < said.index("AWS Builder ID (kiro")) == dead_is_newer
+    assert f"{path}: kirocli:oidc:token: it has no refresh token" in said
+    assert bool(kiro_of(home).violations) == dead_is_newer, "a dead one was tried for nothing"
+    kiro_of(home).violations.clear()
+
+
+def remove_registration(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as base:
+        base.execute("DELETE FROM auth_kv WHERE key LIKE '%:device-registration'")
+        base.commit()
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "torn": (lambda path: path.write_bytes(b"SQLite format 3\0torn"), "file is not a database"),
+    "empty": (lambda path: path.write_bytes(b""), "no such table"),
+    "fifo": (replace_by_fifo, "it is not a plain file"),
+    "no registration": (remove_registration, "it has no client_id and client_secret"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_sign_in_that_cannot_be_used_is_named_with_the_reason(make: Make, case: str) -> None:
+    home = make("builder_id")
+    path = database(home, kiro_of(home))
+    ide = ide_file(home, kiro_of(home))
+    ide.write_bytes(ide.read_bytes()[:-9])
+    prepare, reason = UNUSABLE[case]
+    prepare(path)
+    done = home.run("auth", "import", "--yes")
+    assert (done.status, done.out) == (1, ""), done
+    lines = done.err.splitlines()
+    assert any(line.startswith(f"  kiro-cli: {path}: ") and reason in line for line in lines), done
+    assert f"  the Kiro IDE: {ide}: it is not a JSON object" in lines
+    assert "  opencode: there is nothing" in lines
+
+
+def test_locked_databases_do_not_delay_an_import(make: Make) -> None:
+    home = make("builder_id")
+    paths = [database(home, kiro_of(home), program) for program in ("kiro-cli", "amazon-q")]
+    with ExitStack() as stack:
+        for path in paths:
+            base = stack.enter_context(closing(sqlite3.connect(path)))
+            base.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        done = home.run("auth", "import", "--yes")
+        assert time.monotonic() - began < 5
+    assert done.status == 1
+    assert all(f"{path}: database is locked" in done.err for path in paths)
+
+
+def test_an_idle_database_is_read_from_a_read_only_mount(make: Make) -> None:
+    home = make("builder_id")
+    path = database(home, kiro_of(home), wal=True)
+    mount = ["mount", "-o", "bind,ro", str(path.parent), str(path.parent)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("nothing can be mounted here")
+    try:
+        said = take(home)
+    finally:
+        subprocess.run(["umount", str(path.parent)], check=True)
+    assert "shared_login_not_updated" in said
+    assert home.token("kiro")["auth_method"] == "builder_id"
+
+
+def test_a_sign_in_of_another_user_is_named_with_the_reason(tmp_path: Path) -> None:
+    python = shutil.which("python3", path=os.defpath) or ""
+    new_enough = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+    if os.getuid() or not python or subprocess.run(new_enough, check=False).returncode:
+        pytest.skip("this needs root, and a Python for everybody")
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        os.chown(folder, 54321, 54321)
+        shutil.copy(gw.program_file(), folder)
+        cache = Path(folder, ".aws", "sso", "cache")
+        cache.mkdir(parents=True)
+        (cache / "kiro-auth-token.json").touch(mode=0o600)
+        done = subprocess.run(
+            [python, "aiclient_api.py", "auth", "import", "--yes"],
+            env={"PATH": os.defpath, "HOME": folder}, user=54321, group=54321, cwd=folder,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"  the Kiro IDE: {cache}/kiro-auth-token.json: Permission denied\n" in done.stderr
 
 
 def test_a_refresh_outlives_its_caller_and_the_stop(make: Make) -> None:
