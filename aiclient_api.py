@@ -17100,6 +17100,16 @@ module.__file__ = sys.argv[1]
 exec(marshal.loads(sys.stdin.buffer.read()), module.__dict__)
 sys.exit(module.main_detached(launch))
 """
+# `start --foreground` continues from bytecode in its process, with its arguments.
+CONTINUATION = """\
+import marshal, os, sys, types
+module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
+module.__file__ = sys.argv[2]
+with open(int(sys.argv[1]), "rb") as file:
+    del sys.argv[:3]
+    exec(marshal.load(file), module.__dict__)
+sys.exit(module.main())
+"""
 COMPILER = """\
 import marshal, sys
 code = compile(sys.stdin.buffer.read(), sys.argv[1], "exec", dont_inherit=True)
@@ -18389,20 +18399,57 @@ def start_detached(launch: Launch, paths: Paths) -> None:
 KEY_VARIABLE = "AICLIENT_START_KEY"
 
 
-def hide_key(options: argparse.Namespace) -> None:
-    """Re-executes the program without --api-key: all users of a machine can read command lines.
+def reexecute(options: argparse.Namespace, paths: Paths) -> None:
+    """Runs the program anew in this process: without --api-key, or from bytecode.
 
-    The key travels in the environment, which only its user can read, and is removed from there.
+    All users of a machine can read command lines; the key travels in the environment, which only
+    its user can read, and is removed from there.
     """
+    is_exposed = options.api_key is not None and any(options.api_key in word for word in sys.argv)
     if options.api_key is None:
         options.api_key = os.environ.pop(KEY_VARIABLE, None)
-    elif any(options.api_key in word for word in sys.argv):
-        flags = {"host": options.host, "port": options.port, "log-file": options.log_file}
-        arguments = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        arguments += ["--foreground"] if options.foreground else []
-        interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-        environ = {**os.environ, KEY_VARIABLE: options.api_key}
-        os.execve(sys.executable, [*interpreter, "start", *arguments], environ)
+    bytecode = open_bytecode(paths) if options.foreground else None
+    if not is_exposed and bytecode is None:
+        return
+    values = {"host": options.host, "port": options.port, "log-file": options.log_file}
+    arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    arguments += ["--foreground"] if options.foreground else []
+    *interpreter, script = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if bytecode is None:
+        interpreter.append(script)
+    else:
+        interpreter += ["-P", "-c", CONTINUATION, str(bytecode), program_file(), sys.argv[0]]
+    key = {} if options.api_key is None else {KEY_VARIABLE: options.api_key}
+    os.execve(sys.executable, [*interpreter, "start", *arguments], {**os.environ, **key})
+
+
+def open_bytecode(paths: Paths) -> int | None:
+    """A file of this program's bytecode, for a process to continue from.
+
+    None if it runs from bytecode already or under another program, such as a profiler, or if there
+    is no such file: then it works as well, in 50 MB more.
+    """
+    flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+    is_script = __name__ == "__main__" and __spec__ is None and os.path.isfile(sys.argv[0])
+    if not is_script or not all(word.startswith("-") for word in flags):
+        return None
+    open_state(paths)
+    start_log("warning")
+    try:
+        bytecode = load_bytecode(paths)
+        if hasattr(os, "memfd_create"):  # nothing may be writable in a container
+            fd = os.memfd_create("bytecode")
+        else:
+            fd, path = tempfile.mkstemp()
+            os.unlink(path)
+        os.set_inheritable(fd, True)
+        with open(fd, "wb", closefd=False) as file:
+            file.write(bytecode)
+            file.seek(0)
+    except (OSError, ProgramError) as error:
+        log_event("warning", "bytecode_unusable", reason=str(error))
+        return None
+    return fd
 
 
 @verb(
@@ -18428,7 +18475,7 @@ def cmd_start(app: App) -> None:
     if not options.foreground and not hasattr(os, "fork"):
         raise WrongUsage("this system cannot run it in the background; use: start --foreground")
     if hasattr(os, "fork"):
-        hide_key(options)
+        reexecute(options, paths)
     flags = {"server.host": options.host, "server.port": options.port, "api_key": options.api_key}
     config = app.load_config(flags)
     open_state(paths)
