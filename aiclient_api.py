@@ -12273,13 +12273,19 @@ def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: s
     change_config(paths, environ, f"providers.{name}.enabled", enabled)
 
 
-def open_state(paths: Paths) -> None:
-    """Creates the state folder; raises ProgramError."""
+def open_state(paths: Paths, *, is_required: bool = True) -> bool:
+    """Creates the state folder; raises ProgramError.
+
+    Unless `is_required`, returns False if nothing can be written there, as in a container.
+    """
     try:
         make_private_dir(paths.state_dir)
         if os.path.isdir(paths.bytecode_dir):
             check_folder(paths.bytecode_dir)
+        return is_required or os.access(paths.state_dir, os.W_OK | os.X_OK)
     except OSError as error:
+        if not is_required and error.errno in (errno.EACCES, errno.EROFS):
+            return False
         reason = f"{error.strerror}; or set XDG_STATE_HOME to a folder of yours"
         raise ProgramError(f"{paths.state_dir}: cannot be used: {reason}") from None
 
@@ -12682,6 +12688,9 @@ MIDDLE_ID = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET (SELECT count(*)
 OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column")
 
 
+IN_MEMORY = ":memory:"  # a path of SQLite's: usage that ends with the process
+
+
 @dataclass(eq=False)
 class UsageStore:
     """The usage database.  Several processes may share one; each writes in batches.
@@ -12707,9 +12716,10 @@ class UsageStore:
         if self.connection is not None and self.identity == file_identity(self.path)[:2]:
             return self.connection
         self.close()
-        make_private_dir(os.path.dirname(self.path))
-        # SQLite gives its -wal and -shm files the same mode.
-        os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
+        if self.path != IN_MEMORY:
+            make_private_dir(os.path.dirname(self.path))
+            # SQLite gives its -wal and -shm files the same mode.
+            os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
         connection = self.connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
@@ -18292,7 +18302,9 @@ async def serve(
     mask_in_log(lambda: daemon.gateway.secrets())
     await daemon.listen(listeners)
     control = None
-    if fcntl is not None:
+    if paths.usage_file == IN_MEMORY:
+        log_event("warning", "state_not_writable", path=paths.state_dir, usage="in memory")
+    elif fcntl is not None:
         control = open_control(daemon, choose_socket_path(paths, daemon.environ))
         try:
             write_pid_file(launch.lock, control.path)
@@ -18433,7 +18445,7 @@ def open_bytecode(paths: Paths) -> int | None:
     is_script = __name__ == "__main__" and __spec__ is None and os.path.isfile(sys.argv[0])
     if not is_script or not all(word.startswith("-") for word in flags):
         return None
-    open_state(paths)
+    open_state(paths, is_required=False)
     start_log("warning")
     try:
         bytecode = load_bytecode(paths)
@@ -18478,11 +18490,13 @@ def cmd_start(app: App) -> None:
         reexecute(options, paths)
     flags = {"server.host": options.host, "server.port": options.port, "api_key": options.api_key}
     config = app.load_config(flags)
-    open_state(paths)
     log_file = os.path.abspath(options.log_file) if options.log_file else ""
     detached = not options.foreground
     launch = Launch(flags, sys.argv[0], log_file or (paths.log_file if detached else ""), detached)
-    while (lock := take_lock(paths.pid_file)) is None:
+    has_state = open_state(paths, is_required=detached)
+    if not has_state:
+        paths.usage_file = IN_MEMORY
+    while (lock := take_lock(paths.pid_file) if has_state else -1) is None:
         status = await_daemon(paths)
         if status is not None:
             tell(f"aiclient-api is already running: {status['url']} (process {status['pid']})")
