@@ -412,6 +412,7 @@ USAGE_PRUNE_SECONDS = 3600.0
 MAX_SINGLE_DAYS = 62  # single requests, 115 bytes each, then sums by day; caps look back a month
 MAX_USAGE_DAYS = 800
 MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, more than 800,000 requests
+MAX_MEMORY_PAGES = 2048  # where no file can be: 8 MiB, 70,000 requests
 MAX_PENDING_REQUESTS = 20_000  # held in memory while the database cannot be written, 30 MB
 MAX_RECENT_REQUESTS = 1_000  # per query
 # Distinct client-supplied names per day: nobody uses 200 user agents or 200 models.
@@ -12716,7 +12717,9 @@ class UsageStore:
         if self.connection is not None and self.identity == file_identity(self.path)[:2]:
             return self.connection
         self.close()
-        if self.path != IN_MEMORY:
+        if self.path == IN_MEMORY:
+            self.max_pages = MAX_MEMORY_PAGES
+        else:
             make_private_dir(os.path.dirname(self.path))
             # SQLite gives its -wal and -shm files the same mode.
             os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
