@@ -17028,7 +17028,7 @@ def read_pid_file(path: str) -> tuple[int, str]:
         except (FileNotFoundError, NotADirectoryError):
             return 0, ""
     pid = int(pid_text) if re.fullmatch(r"[0-9]{1,10}", pid_text) else 0
-    is_complete = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
+    is_complete = pid > 0 and pid != os.getpid() and socket_path.endswith("\n")
     return (pid, socket_path[:-1]) if is_complete else (0, "")
 
 

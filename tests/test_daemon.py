@@ -359,6 +359,7 @@ def test_the_first_process_of_a_container_drains_and_exits(machine: Machine) -> 
         assert "(process 1)" in line
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (first,) = map(int, children)
+        assert machine.status()["pid"] == 1
         with open_stream(url_in(line)) as stream:
             os.kill(first, signal.SIGTERM)
             assert stream.read_until(STREAM_END)
@@ -406,7 +407,7 @@ def test_a_pid_file_that_names_a_bystander_hurts_nobody(machine: Machine) -> Non
         bystander.communicate()
 
 
-@pytest.mark.parametrize("text", ["", "-1\n/x\n", "0\n/x\n", "1\n/x\n", "x\n", "\0" * 99, "9" * 99])
+@pytest.mark.parametrize("text", ["", "-1\n/x\n", "0\n/x\n", "1\n/x", "x\n", "\0" * 99, "9" * 99])
 def test_a_pid_file_of_nonsense_names_nobody(tmp_path: Path, text: str) -> None:
     path = tmp_path / "pid"
     path.write_text(text)
