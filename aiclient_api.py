@@ -17113,7 +17113,8 @@ module.__file__ = sys.argv[1]
 exec(marshal.loads(sys.stdin.buffer.read()), module.__dict__)
 sys.exit(module.main_detached(launch))
 """
-# `start --foreground` continues from bytecode in its process, with its arguments.
+# `start --foreground` of a bare file continues like this, in its process and without the compiler's
+# memory, from the bytecode that Python has made of it.
 CONTINUATION = """\
 import marshal, os, sys, types
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
@@ -18414,7 +18415,7 @@ def start_detached(launch: Launch, paths: Paths) -> None:
 KEY_VARIABLE = "AICLIENT_START_KEY"
 
 
-def reexecute(options: argparse.Namespace, paths: Paths) -> None:
+def reexecute(options: argparse.Namespace) -> None:
     """Runs the program anew in this process: without --api-key, or from bytecode.
 
     All users of a machine can read command lines; the key travels in the environment, which only
@@ -18423,7 +18424,7 @@ def reexecute(options: argparse.Namespace, paths: Paths) -> None:
     is_exposed = options.api_key is not None and any(options.api_key in word for word in sys.argv)
     if options.api_key is None:
         options.api_key = os.environ.pop(KEY_VARIABLE, None)
-    bytecode = open_bytecode(paths) if options.foreground else None
+    bytecode = open_bytecode() if options.foreground else None
     if not is_exposed and bytecode is None:
         return
     values = {"host": options.host, "port": options.port, "log-file": options.log_file}
@@ -18438,20 +18439,14 @@ def reexecute(options: argparse.Namespace, paths: Paths) -> None:
     os.execve(sys.executable, [*interpreter, "start", *arguments], {**os.environ, **key})
 
 
-def open_bytecode(paths: Paths) -> int | None:
-    """A file of this program's bytecode, for a process to continue from.
-
-    None if it runs from bytecode already or under another program, such as a profiler, or if there
-    is no such file: then it works as well, in 50 MB more.
-    """
-    flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
-    is_script = __name__ == "__main__" and __spec__ is None and os.path.isfile(sys.argv[0])
-    if not is_script or not all(word.startswith("-") for word in flags):
-        return None
-    open_state(paths, is_required=False)
-    start_log("warning")
+def open_bytecode() -> int | None:
+    """A file of this program's bytecode, if Python has just compiled it: it runs as a bare file."""
+    frame = sys._getframe()  # noqa: SLF001 - documented
+    while frame.f_back is not None:
+        frame = frame.f_back
+    if frame.f_globals is not globals() or not os.path.isfile(sys.argv[0]):
+        return None  # installed, under a profiler, or from standard input
     try:
-        bytecode = load_bytecode(paths)
         if hasattr(os, "memfd_create"):  # nothing may be writable in a container
             fd = os.memfd_create("bytecode")
         else:
@@ -18459,10 +18454,10 @@ def open_bytecode(paths: Paths) -> int | None:
             os.unlink(path)
         os.set_inheritable(fd, True)
         with open(fd, "wb", closefd=False) as file:
-            file.write(bytecode)
+            marshal.dump(frame.f_code, file)
             file.seek(0)
-    except (OSError, ProgramError) as error:
-        log_event("warning", "bytecode_unusable", reason=str(error))
+    except OSError as error:  # it works as well, in 50 MB more
+        log_event("warning", "bytecode_unusable", reason=error.strerror)
         return None
     return fd
 
@@ -18490,7 +18485,7 @@ def cmd_start(app: App) -> None:
     if not options.foreground and not hasattr(os, "fork"):
         raise WrongUsage("this system cannot run it in the background; use: start --foreground")
     if hasattr(os, "fork"):
-        reexecute(options, paths)
+        reexecute(options)
     flags = {"server.host": options.host, "server.port": options.port, "api_key": options.api_key}
     config = app.load_config(flags)
     log_file = os.path.abspath(options.log_file) if options.log_file else ""

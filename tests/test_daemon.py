@@ -243,7 +243,7 @@ def url_in(line: str) -> Json:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc here")
-@pytest.mark.parametrize("flags", [[], ["-I"], ["-E", "-s"], ["-u", "-B"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["-I"], ["-E", "-s"], ["-X", "dev"]], ids=" ".join)
 def test_the_bare_file_in_the_foreground_runs_from_bytecode(
     machine: Machine, flags: list[str]
 ) -> None:
@@ -272,18 +272,11 @@ def test_the_bare_file_in_the_foreground_runs_from_bytecode(
         process.communicate()
 
 
-@pytest.mark.parametrize("way", ["-X dev", "standard input"])
-def test_in_the_foreground_it_also_runs_where_it_cannot_continue(
-    machine: Machine, way: str
-) -> None:
+def test_in_the_foreground_it_also_runs_from_standard_input(machine: Machine) -> None:
     words = ["start", "--foreground", "--port", "0"]
-    command = {
-        "-X dev": ["-X", "dev", str(PROGRAM)],
-        "standard input": ["-"],
-    }[way]
     with PROGRAM.open() as program:
         process = subprocess.Popen(
-            [sys.executable, *command, *words], env=machine.environment(), cwd=machine.folder,
+            [sys.executable, "-", *words], env=machine.environment(), cwd=machine.folder,
             stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     try:

@@ -1217,16 +1217,16 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "latency": latency,
     "connect": connect,
     "pace": pace,
-    "native": streams(NATIVE),
-    "converted": streams(CONVERTED),
-    "kiro": streams(FROM_KIRO),
-    "responses": streams(NUMBERED),
-    "many": many,
     "large": large,
     "block": block,
     "start": start,
     "daemon": daemon,
+    "many": many,
     "memory": memory,
+    "native": streams(NATIVE),
+    "converted": streams(CONVERTED),
+    "kiro": streams(FROM_KIRO),
+    "responses": streams(NUMBERED),
 }
 
 
