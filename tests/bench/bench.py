@@ -92,13 +92,13 @@ class Plan:
     latency_requests: int = 1200
     pace_s: float = 6.0
     full_speed_chunks: int = 1000
-    streams: int = 12
+    streams: int = 8
     many_streams: int = 1000
     many_spread_s: float = 2.0
     many_s: float = 8.0
     large_requests: int = 18
     worst_mb: int = 30
-    starts: int = 7
+    starts: int = 5
     #: No measure begins after this, so that a busy machine ends in time too.
     limit_s: float = 270.0
 
