@@ -432,6 +432,7 @@ USAGE_PRUNE_SECONDS = 3600.0
 MAX_SINGLE_DAYS = 62  # single requests, 115 bytes each, then sums by day; caps look back a month
 MAX_USAGE_DAYS = 800
 MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, more than 800,000 requests
+MAX_MEMORY_PAGES = 2048  # where no file can be: 8 MiB, 70,000 requests
 MAX_PENDING_REQUESTS = 20_000  # held in memory while the database cannot be written, 30 MB
 MAX_RECENT_REQUESTS = 1_000  # per query
 # Distinct client-supplied names per day: nobody uses 200 user agents or 200 models.
@@ -6936,6 +6937,9 @@ KIRO_RULES: tuple[Callable[[KiroDraft], None], ...] = (
 )  # fmt: skip
 
 
+SEARCHED_PIECES, PIECE_CHARS = 128, 4096  # pieces of a text too long to be searched whole
+
+
 def check_context_window(draft: KiroDraft) -> None:
     """Refuses a conversation far above the model's window with an error that clients know.
 
@@ -6951,15 +6955,20 @@ def check_context_window(draft: KiroDraft) -> None:
             texts.append(block.arguments)
         else:
             texts.append(join_texts(block.blocks if isinstance(block, ToolResult) else [block]))
-    for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
-        tokens = sum(estimate_text(shorten(text)) for text in texts)
-        if tokens <= 1.5 * window:
-            return
-    raise ContextTooLong(int(tokens), window)
+    text = "".join(texts)
+    tokens = estimate_text(text)
+    if tokens > 1.5 * window:
+        # One token covers many of a run's characters.  Finding runs takes 0.1 s per MiB.
+        step = max(PIECE_CHARS, len(text) // SEARCHED_PIECES)
+        starts = range(0, len(text), step)
+        sample = "".join([text[start : start + PIECE_CHARS] for start in starts])
+        tokens *= estimate_text(collapse_runs(sample)) / estimate_text(sample)
+        if tokens > 1.5 * window:
+            raise ContextTooLong(int(tokens), window)
 
 
 def collapse_runs(text: str) -> str:
-    """`text` with an eighth of each run of one character: one token covers many of them."""
+    """`text` with an eighth of each run of one character."""
     return re.sub(r"(.)\1{7,}", lambda run: run[0][: len(run[0]) // 8], text, flags=re.DOTALL)
 
 
@@ -13028,13 +13037,19 @@ def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: s
     change_config(paths, environ, f"providers.{name}.enabled", enabled)
 
 
-def open_state(paths: Paths) -> None:
-    """Creates the state folder; raises ProgramError."""
+def open_state(paths: Paths, *, is_required: bool = True) -> bool:
+    """Creates the state folder; raises ProgramError.
+
+    Unless `is_required`, returns False if nothing can be written there, as in a container.
+    """
     try:
         make_private_dir(paths.state_dir)
         if os.path.isdir(paths.bytecode_dir):
             check_folder(paths.bytecode_dir)
+        return is_required or os.access(paths.state_dir, os.W_OK | os.X_OK)
     except OSError as error:
+        if not is_required and error.errno in (errno.EACCES, errno.EROFS):
+            return False
         reason = f"{error.strerror}; or set XDG_STATE_HOME to a folder of yours"
         raise ProgramError(f"{paths.state_dir}: cannot be used: {reason}") from None
 
@@ -13461,6 +13476,9 @@ MIDDLE_ID = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET (SELECT count(*)
 OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column")
 
 
+IN_MEMORY = ":memory:"  # a path of SQLite's: usage that ends with the process
+
+
 @dataclass(eq=False)
 class UsageStore:
     """The usage database.  Several processes may share one; each writes in batches.
@@ -13486,9 +13504,12 @@ class UsageStore:
         if self.connection is not None and self.identity == file_identity(self.path)[:2]:
             return self.connection
         self.close()
-        make_private_dir(os.path.dirname(self.path))
-        # SQLite gives its -wal and -shm files the same mode.
-        os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
+        if self.path == IN_MEMORY:
+            self.max_pages = MAX_MEMORY_PAGES
+        else:
+            make_private_dir(os.path.dirname(self.path))
+            # SQLite gives its -wal and -shm files the same mode.
+            os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
         connection = self.connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
@@ -17867,7 +17888,7 @@ def read_pid_file(path: str) -> tuple[int, str]:
         except (FileNotFoundError, NotADirectoryError):
             return 0, ""
     pid = int(pid_text) if re.fullmatch(r"[0-9]{1,10}", pid_text) else 0
-    is_complete = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
+    is_complete = pid > 0 and pid != os.getpid() and socket_path.endswith("\n")
     return (pid, socket_path[:-1]) if is_complete else (0, "")
 
 
@@ -17952,6 +17973,17 @@ module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
 module.__file__ = sys.argv[1]
 exec(marshal.loads(sys.stdin.buffer.read()), module.__dict__)
 sys.exit(module.main_detached(launch))
+"""
+# `start --foreground` of a bare file continues like this, in its process and without the compiler's
+# memory, from the bytecode that Python has made of it.
+CONTINUATION = """\
+import marshal, os, sys, types
+module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
+module.__file__ = sys.argv[2]
+with open(int(sys.argv[1]), "rb") as file:
+    del sys.argv[:3]
+    exec(marshal.load(file), module.__dict__)
+sys.exit(module.main())
 """
 COMPILER = """\
 import marshal, sys
@@ -19139,7 +19171,9 @@ async def serve(
             log_event("warning", "file_written_in_place", path=path, hint=hint)
     await daemon.listen(listeners)
     control = None
-    if fcntl is not None:
+    if paths.usage_file == IN_MEMORY:
+        log_event("warning", "state_not_writable", path=paths.state_dir, usage="in memory")
+    elif fcntl is not None:
         control = open_control(daemon, choose_socket_path(paths, daemon.environ))
         try:
             write_pid_file(launch.lock, control.path)
@@ -19248,20 +19282,51 @@ def start_detached(launch: Launch, paths: Paths) -> None:
 KEY_VARIABLE = "AICLIENT_START_KEY"
 
 
-def hide_key(options: argparse.Namespace) -> None:
-    """Re-executes the program without --api-key: all users of a machine can read command lines.
+def reexecute(options: argparse.Namespace) -> None:
+    """Runs the program anew in this process: without --api-key, or from bytecode.
 
-    The key travels in the environment, which only its user can read, and is removed from there.
+    All users of a machine can read command lines; the key travels in the environment, which only
+    its user can read, and is removed from there.
     """
+    is_exposed = options.api_key is not None and any(options.api_key in word for word in sys.argv)
     if options.api_key is None:
         options.api_key = os.environ.pop(KEY_VARIABLE, None)
-    elif any(options.api_key in word for word in sys.argv):
-        flags = {"host": options.host, "port": options.port, "log-file": options.log_file}
-        arguments = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        arguments += ["--foreground"] if options.foreground else []
-        interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-        environ = {**os.environ, KEY_VARIABLE: options.api_key}
-        os.execve(sys.executable, [*interpreter, "start", *arguments], environ)
+    bytecode = open_bytecode() if options.foreground else None
+    if not is_exposed and bytecode is None:
+        return
+    values = {"host": options.host, "port": options.port, "log-file": options.log_file}
+    arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    arguments += ["--foreground"] if options.foreground else []
+    *interpreter, script = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if bytecode is None:
+        interpreter.append(script)
+    else:
+        interpreter += ["-P", "-c", CONTINUATION, str(bytecode), program_file(), sys.argv[0]]
+    key = {} if options.api_key is None else {KEY_VARIABLE: options.api_key}
+    os.execve(sys.executable, [*interpreter, "start", *arguments], {**os.environ, **key})
+
+
+def open_bytecode() -> int | None:
+    """A file of this program's bytecode, if Python has just compiled it: it runs as a bare file."""
+    frame = sys._getframe()  # noqa: SLF001 - documented
+    while frame.f_back is not None:
+        frame = frame.f_back
+    if frame.f_globals is not globals() or not os.path.isfile(sys.argv[0]):
+        return None  # installed, under a profiler, or from standard input
+    try:
+        if hasattr(os, "memfd_create"):  # nothing may be writable in a container
+            fd = os.memfd_create("bytecode")
+        else:
+            fd, path = tempfile.mkstemp()
+            os.unlink(path)
+        os.set_inheritable(fd, True)
+        with open(fd, "wb", closefd=False) as file:
+            marshal.dump(frame.f_code, file)
+            file.seek(0)
+    except OSError as error:  # it works as well, in 50 MB more
+        log_event("warning", "bytecode_unusable", reason=error.strerror)
+        return None
+    return fd
 
 
 @verb(
@@ -19287,14 +19352,16 @@ def cmd_start(app: App) -> None:
     if not options.foreground and not hasattr(os, "fork"):
         raise WrongUsage("this system cannot run it in the background; use: start --foreground")
     if hasattr(os, "fork"):
-        hide_key(options)
+        reexecute(options)
     flags = {"server.host": options.host, "server.port": options.port, "api_key": options.api_key}
     config = app.load_config(flags)
-    open_state(paths)
     log_file = os.path.abspath(options.log_file) if options.log_file else ""
     detached = not options.foreground
     launch = Launch(flags, sys.argv[0], log_file or (paths.log_file if detached else ""), detached)
-    while (lock := take_lock(paths.pid_file)) is None:
+    has_state = open_state(paths, is_required=detached)
+    if not has_state:
+        paths.usage_file = IN_MEMORY
+    while (lock := take_lock(paths.pid_file) if has_state else -1) is None:
         status = await_daemon(paths)
         if status is not None:
             tell(f"aiclient-api is already running: {status['url']} (process {status['pid']})")

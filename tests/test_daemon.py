@@ -230,6 +230,141 @@ def test_the_foreground_has_the_same_lock_and_channel(machine: Machine) -> None:
         process.communicate()
 
 
+def first_line(process: subprocess.Popen[str]) -> str:
+    """What it prints once it serves; its log if it never does."""
+    assert process.stdout is not None and process.stderr is not None
+    return process.stdout.readline() or process.stderr.read()
+
+
+def url_in(line: str) -> Json:
+    """What `fetch` wants to know of a gateway that has printed this line."""
+    found = re.search(r"listening on (http://\S+)", line)
+    assert found, line
+    return {"url": found[1]}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc here")
+@pytest.mark.parametrize("flags", [[], ["-I"], ["-E", "-s"], ["-X", "dev"]], ids=" ".join)
+def test_the_bare_file_in_the_foreground_runs_from_bytecode(
+    machine: Machine, flags: list[str]
+) -> None:
+    """Compiling the file takes 45 MB that would never be given back."""
+    machine.warm()
+    command = [sys.executable, *flags, str(PROGRAM), "start", "--foreground", "--port", "0"]
+    process = subprocess.Popen(
+        command, env=machine.environment(), cwd=machine.folder, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        line = first_line(process)
+        assert f"(process {process.pid})" in line
+        assert process.stdout is not None and f"{PROGRAM} auth copilot" in process.stdout.readline()
+        assert fetch(url_in(line), "/healthz").status == 200
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        assert pages * os.sysconf("SC_PAGE_SIZE") < 45e6
+        words = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
+        assert words[1 : 1 + len(flags)] == flags and str(PROGRAM) in words
+        said = machine.run("start", "--foreground", script=True).failure()
+        assert "flags were not applied" in said
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_in_the_foreground_it_also_runs_from_standard_input(machine: Machine) -> None:
+    words = ["start", "--foreground", "--port", "0"]
+    with PROGRAM.open() as program:
+        process = subprocess.Popen(
+            [sys.executable, "-", *words], env=machine.environment(), cwd=machine.folder,
+            stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    try:
+        line = first_line(process)
+        assert f"(process {process.pid})" in line
+        assert fetch(url_in(line), "/healthz").status == 200
+        process.terminate()
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def without_power() -> list[str]:
+    """What a command begins with so that not even root writes where its mode forbids it."""
+    if os.getuid():
+        return []
+    prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    if not shutil.which("setpriv") or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("root cannot give up its powers here")
+    return prefix
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["no state folder", "read-only"])
+@pytest.mark.parametrize("script", [False, True], ids=["module", "file"])
+def test_in_the_foreground_it_serves_without_a_place_to_write(
+    machine: Machine, is_there: bool, script: bool
+) -> None:
+    """As in a container whose root is read-only: usage is counted in memory."""
+    machine.state.mkdir(mode=0o700, parents=True)
+    machine.warm()
+    place = machine.state if is_there else machine.folder / "closed"
+    place.mkdir(mode=0o700, exist_ok=True)
+    if not is_there:
+        machine.env["XDG_STATE_HOME"] = str(place)
+    place.chmod(0o500)
+    before = sorted(path.name for path in place.iterdir())
+    words = machine.command("start", "--foreground", "--port", "0", script=script)
+    process = subprocess.Popen(
+        [*without_power(), *words], env=machine.environment(), cwd=machine.folder,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        status = url_in(first_line(process))
+        assert fetch(status, CHAT, echo("hello")).status == 200
+        wait_until(lambda: json.loads(fetch(status, "/v1/usage").body)["providers"])
+        usage = json.loads(fetch(status, "/v1/usage").body)
+        assert usage["providers"]["echo"]["request_count"] == 1
+        process.terminate()
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 0 and "state_not_writable" in err and "Traceback" not in err
+        assert sorted(path.name for path in place.iterdir()) == before
+    finally:
+        process.kill()
+        process.communicate()
+        place.chmod(0o700)
+
+
+def test_the_first_process_of_a_container_drains_and_exits(machine: Machine) -> None:
+    """Process 1 of its namespace, to which the kernel passes only signals that it handles."""
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("there are no namespaces here")
+    machine.warm()
+    words = machine.command("start", "--foreground", "--port", "0", script=True)
+    process = subprocess.Popen(
+        [*unshare, *words], env=machine.environment(), cwd=machine.folder,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        line = first_line(process)
+        assert "(process 1)" in line
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (first,) = map(int, children)
+        assert machine.status()["pid"] == 1
+        with open_stream(url_in(line)) as stream:
+            os.kill(first, signal.SIGTERM)
+            assert stream.read_until(STREAM_END)
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+        machine.pid_file.unlink(missing_ok=True)  # its number is another process's here
+
+
 def test_two_state_folders_are_two_gateways(machine: Machine) -> None:
     with Machine() as other:
         first, second = machine.start(), other.start()
@@ -266,7 +401,7 @@ def test_a_pid_file_that_names_a_bystander_hurts_nobody(machine: Machine) -> Non
         bystander.communicate()
 
 
-@pytest.mark.parametrize("text", ["", "-1\n/x\n", "0\n/x\n", "1\n/x\n", "x\n", "\0" * 99, "9" * 99])
+@pytest.mark.parametrize("text", ["", "-1\n/x\n", "0\n/x\n", "1\n/x", "x\n", "\0" * 99, "9" * 99])
 def test_a_pid_file_of_nonsense_names_nobody(tmp_path: Path, text: str) -> None:
     path = tmp_path / "pid"
     path.write_text(text)

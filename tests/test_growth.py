@@ -141,7 +141,10 @@ class Upstream:
             for name in ("max_context_window_tokens", "max_prompt_tokens"):
                 model.get("capabilities", {}).get("limits", {})[name] = 10**9
         limits = {"maxInputTokens": 10**9, "maxOutputTokens": 64_000}
-        listed = [{"modelId": "claude-sonnet-4.5", "tokenLimits": limits}]
+        listed = [
+            {"modelId": "claude-sonnet-4.5", "tokenLimits": limits},
+            {"modelId": "claude-opus-4.6", "tokenLimits": {**limits, "maxInputTokens": 10**6}},
+        ]
         exchange = {"token": "tid=1;exp=2", "expires_at": int(time.time()) + 1800,
                     "refresh_in": 1500, "endpoints": {"api": self.url}}  # fmt: skip
         self.answers["/copilot_internal/v2/token"] = reply(dump(exchange))
@@ -599,6 +602,21 @@ def test_the_largest_request_holds_nobody_up(
     """It is answered, and others are meanwhile; Kiro is sent nothing as it came."""
     cost = check(rig, path, lambda n: dump({**make(n), "model": MODELS["kiro"]}), most)
     assert cost.reply.status == 200
+
+
+@READS_PROC
+@pytest.mark.parametrize(
+    "words", ["a", "[", "a, [\n", '\\"'], ids=["a", "bracket", "lines", "quotes"]
+)
+@pytest.mark.parametrize("path", [CHAT, MESSAGES], ids=["chat", "messages"])
+def test_a_text_far_above_the_window_holds_nobody_up(rig: Rig, path: str, words: str) -> None:
+    """Whether Kiro would take it is found out from a part of it."""
+
+    def make(size: int) -> bytes:
+        body = chat(messages=user(text_of(words)(size)), model="kiro/claude-opus-4.6")
+        return dump({**body, "max_tokens": 100})
+
+    assert check(rig, path, make, 31).reply.status in (200, 400)
 
 
 #: (name, what stands in a body, that number): never JSON that is served

@@ -550,6 +550,7 @@ def test_a_conversation_near_the_window_is_left_to_kiro() -> None:
     """The estimate may be wrong by a third; and an unknown window is no limit."""
     gw.check_context_window(draft_of(said("user", "a " * 400_000)))
     gw.check_context_window(draft_of(said("user", "x" * 400_000)))  # a long run is few tokens
+    gw.check_context_window(draft_of(said("user", ("x" * 4_000 + "a " * 500) * 200)))
     draft = draft_of(said("user", "a " * 1_000_000), model="claude-sonnet-4")
     assert draft.model.max_prompt is None
     gw.check_context_window(draft)

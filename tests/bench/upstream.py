@@ -2,28 +2,32 @@
 
     python3 upstream.py         prints `listening on http://127.0.0.1:PORT`, ends with its stdin
 
-It knows the token exchange, the model lists, `/chat/completions`, `/v1/messages` and Kiro's
-`/generateAssistantResponse`. How an answer
-is played is written in the last user text of the request, and so travels through any gateway:
+It knows the token exchange, the model lists, `/chat/completions`, `/v1/messages`, `/responses` and
+Kiro's `/generateAssistantResponse`. How an answer is played is written in the last user text of the
+request, and so travels through any gateway:
 
-    [[chunks=2000 batch=16 pace_ms=0 shape=clean]]
+    [[chunks=2000 batch=16 pace_ms=0 shape=copilot kind=text]]
 
-    chunks   text deltas in the answer
+    chunks   deltas in the answer
     batch    deltas in one write (one HTTP chunk)
     pace_ms  time from write to write; 0 = as fast as the reader takes them
-    shape    clean: frames as the vendors document them; copilot: as Copilot sends them, with an
-             empty first chunk and without `object`
+    shape    clean: frames as the vendors document them; copilot: as Copilot sends them, chat with
+             an empty first chunk and no `object`, responses with another long id in each event
+    kind     text, or arguments (of one tool call), or thinking (before a word of text)
 
-The text of delta number k is `k@T;`. T is the moment of sending in nanoseconds of the monotonic
-clock for a paced answer, and 0 for others, whose bytes are rendered once and kept.
+Delta number k is `k@T;`. T is the moment of sending in nanoseconds of the monotonic clock for a
+paced answer, and 0 for others, whose bytes are rendered once and kept. Every eighth delta of
+arguments and of thinking also holds a line break, which JSON escapes: twice in arguments.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
 import json
 import math
+import random
 import re
 import struct
 import sys
@@ -62,11 +66,12 @@ class Script:
     batch: int = 2
     pace_s: float = 0.0
     shape: str = "clean"
+    kind: str = "text"
 
 
 @dataclass
 class Frames:
-    """The events of one dialect: around the whole answer, and one text delta."""
+    """The events of one dialect: around the whole answer, and one delta."""
 
     opening: bytes
     #: (number, moment) -> the event of one delta
@@ -75,9 +80,31 @@ class Frames:
     head: bytes = STREAM_HEAD
 
 
-def between(before: bytes, after: bytes) -> Callable[[int, int], bytes]:
-    """Deltas whose bytes around the text are always the same."""
-    return lambda number, moment: b"%b%d@%d;%b" % (before, number, moment, after)
+#: What the JSON text of a call's arguments begins and ends with.
+BEGIN_ARGUMENTS, END_ARGUMENTS = '{"path":"notes.txt","text":"', '"}'
+SIGNATURE = "EqQBCgIYAhIM" + "bench+/0" * 40 + "=="
+LINE_BREAKS = {"text": "", "thinking": "\n", "arguments": "\\n"}
+
+
+def delta_text(kind: str, number: int, moment: int) -> str:
+    """What delta `number` says."""
+    return f"{number}@{moment};" + (LINE_BREAKS[kind] if number % 8 == 7 else "")
+
+
+def all_text(kind: str, chunks: int) -> str:
+    """What the deltas of an answer that is not paced say together."""
+    return "".join(delta_text(kind, number, 0) for number in range(chunks))
+
+
+def between(frame: bytes, kind: str) -> Callable[[int, int], bytes]:
+    """Deltas that are `frame` with their text in the place of `@@`."""
+    before, after = frame.split(b"@@")
+
+    def delta(number: int, moment: int) -> bytes:
+        text = json.dumps(delta_text(kind, number, moment))[1:-1].encode()
+        return b"%b%b%b" % (before, text, after)
+
+    return delta
 
 
 @dataclass
@@ -97,6 +124,7 @@ def read_script(marker: bytes) -> Script:
         batch=int(fields.get("batch", "2")),
         pace_s=int(fields.get("pace_ms", "0")) / 1000,
         shape=fields.get("shape", "clean"),
+        kind=fields.get("kind", "text"),
     )
 
 
@@ -116,7 +144,7 @@ def http_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def chat_frames(shape: str) -> Frames:
+def chat_frames(shape: str, kind: str) -> Frames:
     """OpenAI chat frames, as documented or as Copilot sends them."""
     is_copilot = shape == "copilot"
     base: dict[str, Any] = {"id": "chatcmpl-bench", "object": "chat.completion.chunk"}
@@ -131,17 +159,29 @@ def chat_frames(shape: str) -> Frames:
             choice |= {"logprobs": None, "finish_reason": finish}
         return event(base | {"choices": [choice]})
 
+    def arguments(text: str, **head: str) -> dict[str, Any]:
+        name = {"name": "write_file"} if head else {}
+        return {"tool_calls": [{"index": 0, **head, "function": {**name, "arguments": text}}]}
+
     def closing(chunks: int) -> bytes:
         usage = {"prompt_tokens": 9, "completion_tokens": chunks, "total_tokens": 9 + chunks}
-        return chunk({}, "stop") + event(base | {"usage": usage}) + b"data: [DONE]\n\n"
+        finish = chunk({}, "tool_calls" if kind == "arguments" else "stop")
+        return before_finish + finish + event(base | {"usage": usage}) + b"data: [DONE]\n\n"
 
     empty = event(base | {"id": "", "model": "", "created": 0} | filters) if is_copilot else b""
-    before, after = chunk({"content": "@@"}).split(b"@@")
     opening = empty + chunk({"role": "assistant", "content": ""})
-    return Frames(opening, between(before, after), closing)
+    before_finish, delta = b"", {"content": "@@"}
+    if kind == "arguments":
+        call = arguments("", id="call_bench", type="function")
+        opening += chunk({"content": None} | call) + chunk(arguments(BEGIN_ARGUMENTS))
+        before_finish, delta = chunk(arguments(END_ARGUMENTS)), arguments("@@")
+    elif kind == "thinking":
+        before_finish, delta = chunk({"content": "So."}), {"reasoning_text": "@@"}
+        before_finish = chunk({"reasoning_opaque": SIGNATURE}) + before_finish
+    return Frames(opening, between(chunk(delta), kind), closing)
 
 
-def messages_frames(shape: str) -> Frames:
+def messages_frames(shape: str, kind: str) -> Frames:
     """Anthropic messages frames; Copilot adds nothing to them, so the shape changes nothing."""
     message: dict[str, Any] = {"id": "msg_bench", "type": "message", "role": "assistant"}
     message |= {"model": "claude-sonnet-4.5", "content": []}
@@ -151,22 +191,152 @@ def messages_frames(shape: str) -> Frames:
     def named(value: dict[str, Any]) -> bytes:
         return event(value, value["type"])
 
+    def start(index: int, **block: Any) -> bytes:
+        return named({"type": "content_block_start", "index": index, "content_block": block})
+
+    def delta(index: int, **delta: str) -> bytes:
+        return named({"type": "content_block_delta", "index": index, "delta": delta})
+
+    def stop(index: int) -> bytes:
+        return named({"type": "content_block_stop", "index": index})
+
     def closing(chunks: int) -> bytes:
-        delta = {"stop_reason": "end_turn", "stop_sequence": None}
+        reason = "tool_use" if kind == "arguments" else "end_turn"
+        last = {"stop_reason": reason, "stop_sequence": None}
         usage = {"output_tokens": chunks}
         return (
-            named({"type": "content_block_stop", "index": 0})
-            + named({"type": "message_delta", "delta": delta, "usage": usage})
+            ending
+            + named({"type": "message_delta", "delta": last, "usage": usage})
             + named({"type": "message_stop"})
         )
 
-    block = {"type": "text", "text": ""}
-    text = {"type": "text_delta", "text": "@@"}
-    delta_event = named({"type": "content_block_delta", "index": 0, "delta": text})
-    before, after = delta_event.split(b"@@")
     opening = named({"type": "message_start", "message": message})
-    opening += named({"type": "content_block_start", "index": 0, "content_block": block})
-    return Frames(opening, between(before, after), closing)
+    if kind == "arguments":
+        opening += start(0, type="tool_use", id="toolu_bench", name="write_file", input={})
+        opening += delta(0, type="input_json_delta", partial_json=BEGIN_ARGUMENTS)
+        frame = delta(0, type="input_json_delta", partial_json="@@")
+        ending = delta(0, type="input_json_delta", partial_json=END_ARGUMENTS) + stop(0)
+    elif kind == "thinking":
+        opening += start(0, type="thinking", thinking="", signature="")
+        frame = delta(0, type="thinking_delta", thinking="@@")
+        ending = delta(0, type="signature_delta", signature=SIGNATURE) + stop(0)
+        ending += start(1, type="text", text="") + delta(1, type="text_delta", text="So.") + stop(1)
+    else:
+        opening += start(0, type="text", text="")
+        frame = delta(0, type="text_delta", text="@@")
+        ending = stop(0)
+    return Frames(opening, between(frame, kind), closing)
+
+
+#: Ids as Copilot's responses have them: 300 to 450 characters, another one in each event.
+LONG_IDS = [base64.b64encode(random.Random(k).randbytes(225 + k)).decode() for k in range(100)]
+
+
+def responses_frames(shape: str, kind: str) -> Frames:
+    """OpenAI responses frames, numbered; one item, whose text the last events repeat."""
+    is_copilot = shape == "copilot"
+    item_types = {"text": "message", "arguments": "function_call", "thinking": "reasoning"}
+    item_type = item_types[kind]
+
+    def item_id(number: int) -> str:
+        return LONG_IDS[number % len(LONG_IDS)] if is_copilot else f"{item_type}_bench"
+
+    def numbered(number: int, name: str, **fields: Any) -> bytes:
+        name = f"response.{name}"
+        return event({"type": name, "sequence_number": number, **fields}, name)
+
+    def inside(number: int, name: str, **fields: Any) -> bytes:
+        place: dict[str, Any] = {"item_id": item_id(number), "output_index": 0}
+        if kind != "arguments":
+            place["content_index" if kind == "text" else "summary_index"] = 0
+        return numbered(number, name, **place, **fields)
+
+    def item(number: int, text: str, status: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"id": item_id(number), "type": item_type}
+        if kind == "thinking":
+            summary = [{"type": "summary_text", "text": text}] if text else []
+            return found | {"summary": summary, "encrypted_content": SIGNATURE}
+        found["status"] = status
+        if kind == "arguments":
+            return found | {"call_id": "call_bench", "name": "write_file", "arguments": text}
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return found | {"role": "assistant", "content": [part] if text else []}
+
+    def response(status: str, output: list[dict[str, Any]], usage: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {"id": item_id(0) if is_copilot else "resp_bench"}
+        found |= {"object": "response", "created_at": CREATED, "status": status, "error": None}
+        found |= {"incomplete_details": None, "model": "gpt-5.3-codex", "output": output}
+        return found | {"parallel_tool_calls": True, "tools": [], "usage": usage}
+
+    delta_name, part_name = {
+        "text": ("output_text", "content_part"),
+        "arguments": ("function_call_arguments", ""),
+        "thinking": ("reasoning_summary_text", "reasoning_summary_part"),
+    }[kind]
+
+    def part(text: str) -> dict[str, Any]:
+        if kind == "thinking":
+            return {"type": "summary_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def whole_delta(number: int, text: str) -> bytes:
+        fields: dict[str, Any] = {"delta": text}
+        if kind == "text":
+            fields["logprobs"] = []
+        if is_copilot:
+            fields["obfuscation"] = "abcdefghijklmnop"[number % 16 :]
+        return inside(number, f"{delta_name}.delta", **fields)
+
+    created = response("in_progress", [], None)
+    head = [
+        numbered(0, "created", response=created),
+        numbered(1, "in_progress", response=created),
+        numbered(2, "output_item.added", output_index=0, item=item(2, "", "in_progress")),
+    ]
+    if part_name:
+        head.append(inside(3, f"{part_name}.added", part=part("")))
+    else:
+        head.append(whole_delta(3, BEGIN_ARGUMENTS))
+
+    def delta(number: int, moment: int) -> bytes:
+        return whole_delta(number + len(head), delta_text(kind, number, moment))
+
+    def closing(chunks: int) -> bytes:
+        at, text = len(head) + chunks, all_text(kind, chunks)
+        events: list[bytes] = []
+        if kind == "arguments":
+            events.append(whole_delta(at, END_ARGUMENTS))
+            text = BEGIN_ARGUMENTS + text + END_ARGUMENTS
+        said = {"arguments" if kind == "arguments" else "text": text}
+        events.append(inside(at + len(events), f"{delta_name}.done", **said))
+        if part_name:
+            events.append(inside(at + len(events), f"{part_name}.done", part=part(text)))
+        whole = item(at, text, "completed")
+        events.append(numbered(at + len(events), "output_item.done", output_index=0, item=whole))
+        output = [item(at + 1, text, "completed")]
+        if kind == "thinking":
+            output.append(ANSWER_ITEM)
+            for name in ("added", "done"):
+                number = at + len(events)
+                said_item = ANSWER_ITEM | ({"content": []} if name == "added" else {})
+                last = {"output_index": 1, "item": said_item}
+                events.append(numbered(number, f"output_item.{name}", **last))
+        usage = {"input_tokens": 9, "output_tokens": chunks, "total_tokens": 9 + chunks}
+        completed = response("completed", output, usage)
+        events.append(numbered(at + len(events), "completed", response=completed))
+        return b"".join(events)
+
+    return Frames(b"".join(head), delta, closing)
+
+
+#: What is said after thinking; its text comes with its end alone.
+ANSWER_ITEM: dict[str, Any] = {
+    "id": "msg_bench",
+    "type": "message",
+    "status": "completed",
+    "role": "assistant",
+    "content": [{"type": "output_text", "text": "So.", "annotations": [], "logprobs": []}],
+}
 
 
 def kiro_message(name: str, payload: Any) -> bytes:
@@ -185,25 +355,44 @@ def kiro_message(name: str, payload: Any) -> bytes:
     return message + struct.pack(">I", zlib.crc32(message))
 
 
-def kiro_frames(shape: str) -> Frames:
+def kiro_frames(shape: str, kind: str) -> Frames:
     """Kiro's events."""
+    call = {"toolUseId": "tooluse_bench", "name": "write_file"}
 
     def delta(number: int, moment: int) -> bytes:
-        said = {"content": f"{number}@{moment};", "modelId": "claude-kiro"}
-        return kiro_message("assistantResponseEvent", said)
+        text = delta_text(kind, number, moment)
+        if kind == "arguments":
+            return kiro_message("toolUseEvent", call | {"input": text})
+        if kind == "thinking":
+            return kiro_message("reasoningContentEvent", {"text": text})
+        return kiro_message("assistantResponseEvent", {"content": text, "modelId": "claude-kiro"})
 
     def closing(chunks: int) -> bytes:
         counted = {"uncachedInputTokens": 9, "outputTokens": chunks}
         metering = {"unit": "credit", "unitPlural": "credits", "usage": 0.01}
-        last = {"stopReason": "END_TURN", "tokenUsage": counted}
-        return kiro_message("meteringEvent", metering) + kiro_message("metadataEvent", last)
+        reason = "TOOL_USE" if kind == "arguments" else "END_TURN"
+        last = {"stopReason": reason, "tokenUsage": counted}
+        events = [kiro_message("meteringEvent", metering), kiro_message("metadataEvent", last)]
+        if kind == "arguments":
+            end = call | {"input": END_ARGUMENTS}
+            events[:0] = [kiro_message("toolUseEvent", e) for e in (end, call | {"stop": True})]
+        elif kind == "thinking":
+            text = {"content": "So.", "modelId": "claude-kiro"}
+            events.insert(0, kiro_message("assistantResponseEvent", text))
+            events.insert(0, kiro_message("reasoningContentEvent", {"signature": SIGNATURE}))
+        return b"".join(events)
 
-    return Frames(kiro_message("initial-response", {}), delta, closing, KIRO_HEAD)
+    opening = kiro_message("initial-response", {})
+    if kind == "arguments":
+        begin = call | {"input": BEGIN_ARGUMENTS}
+        opening += kiro_message("toolUseEvent", call) + kiro_message("toolUseEvent", begin)
+    return Frames(opening, delta, closing, KIRO_HEAD)
 
 
 DIALECTS = {
     b"/chat/completions": chat_frames,
     b"/v1/messages": messages_frames,
+    b"/responses": responses_frames,
     KIRO_PATH: kiro_frames,
 }
 
@@ -221,12 +410,20 @@ def render(frames: Frames, script: Script) -> Rendered:
 
 def whole_answer(path: bytes, script: Script) -> bytes:
     """The answer to a request that asked for no stream, in the dialect of its path."""
-    text = "".join(f"{k}@0;" for k in range(script.chunks))
+    text = all_text("text", script.chunks)
     if path == b"/v1/messages":
         return compact(
             {"id": "msg_bench", "type": "message", "role": "assistant"}
             | {"model": "claude-sonnet-4.5", "content": [{"type": "text", "text": text}]}
             | {"stop_reason": "end_turn", "stop_sequence": None}
+            | {"usage": {"input_tokens": 9, "output_tokens": script.chunks}}
+        )
+    if path == b"/responses":
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return compact(
+            {"id": "resp_bench", "object": "response", "created_at": CREATED}
+            | {"status": "completed", "error": None, "incomplete_details": None}
+            | {"model": "gpt-5.3-codex", "output": [ANSWER_ITEM | {"content": [part]}]}
             | {"usage": {"input_tokens": 9, "output_tokens": script.chunks}}
         )
     choice = {"index": 0, "message": {"role": "assistant", "content": text}}
@@ -256,10 +453,11 @@ def token_answer(port: int) -> bytes:
 
 
 def models_answer() -> bytes:
-    """A model for chat only, one for messages only, and one that speaks both."""
+    """A model for each dialect alone, and one that speaks two."""
     speaks: dict[str, list[str] | None] = {
         "gpt-4.1": None,
         "claude-sonnet-4.5": ["/v1/messages"],
+        "gpt-5.3-codex": ["/responses"],
         "claude-chat": ["/chat/completions", "/v1/messages"],
     }
     limits = {"max_context_window_tokens": 2_000_000, "max_prompt_tokens": 1_900_000}
@@ -292,7 +490,7 @@ class Upstream:
         key = (path, marker)
         if key not in self.streams:
             script = read_script(marker)
-            frames = DIALECTS[path](script.shape)
+            frames = DIALECTS[path](script.shape, script.kind)
             rendered = None if script.pace_s else render(frames, script)
             self.streams[key] = (script, frames, rendered)
         return self.streams[key]
