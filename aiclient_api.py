@@ -971,6 +971,7 @@ KIRO_ARN = re.compile(
     r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
 )
 KIRO_VERSION_FORM = re.compile(r"[0-9A-Za-z.-]{1,40}")
+HEADER_WORD = re.compile(r"[0-9A-Za-z._-]{0,60}")
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
@@ -1103,6 +1104,10 @@ class CopilotConfig:
     github_url: str = url(GITHUB_URL)
     github_api_url: str = url(GITHUB_API_URL)
     api_url: str = url()  #: "" = endpoints.api of the token response
+    #: Copilot-Integration-Id; "" = the editor's, or for tokens for programs the Copilot CLI's
+    integration_id: str = setting("", matching(HEADER_WORD, "a word like copilot-developer-cli"))
+    #: of the model `auto`; "" = the service's default
+    auto_tier: str = setting("", matching(HEADER_WORD, "a word like balance"))
 
 
 @dataclass(slots=True)
@@ -7341,16 +7346,21 @@ COPILOT_HOSTS = {
 COPILOT_ANY_HOST = "https://api.githubcopilot.com"
 # GitHub tokens that Copilot accepts directly (Copilot CLI and SDK, opencode, 2026-08).
 DIRECT_TOKENS = ("gho_", "github_pat_", "ghs_")
+# Fine-grained and server tokens, which GitHub documents for programs: the exchange answers 403.
+PROGRAM_TOKENS = ("github_pat_", "ghs_")
 # Where a token may be sent: a token response naming any other host is refused.
 COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
-# The four version values are a set from a real editor build (seen in Floway, 2026-09).  When GitHub
-# retires them it responds with 466.
+# The editor's three values are a set from a real build (seen in Floway, 2026-09; accepted like any
+# other NAME/VERSION in 2026-11).  When GitHub retires an API version it responds with 466.  The
+# newest, 2026-08-01, is sent only where it is demanded: public clients use 2026-06-01 (2026-11).
 EDITOR_VERSION = "vscode/1.124.2"
 EDITOR_PLUGIN_VERSION = "copilot-chat/0.52.0"
 COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
 COPILOT_API_VERSION = "2026-06-01"
 GITHUB_API_VERSION = "2025-04-01"
 COPILOT_INTEGRATION_ID = "vscode-chat"
+# With the editor's id tokens for programs are refused (public clients, 2026-11).
+PROGRAM_INTEGRATION_ID = "copilot-developer-cli"
 
 
 EDITOR_HEADERS = {
@@ -7362,19 +7372,23 @@ EDITOR_HEADERS = {
 }
 
 
-def copilot_authorization(token: str, host: str) -> str:
-    """The Authorization value: the plan-specific hosts want the `token` scheme for a GitHub token.
+def copilot_scheme(token: str, host: str) -> str:
+    """The Authorization scheme to try first: plan hosts want `token` for an OAuth app's token.
 
     Otherwise they respond "Authorization header is badly formatted" (gh-aw-firewall, 2026-08).
     """
-    is_direct = token.startswith(DIRECT_TOKENS) and f"https://{host}" != COPILOT_ANY_HOST
-    return f"token {token}" if is_direct else f"Bearer {token}"
+    has_plan = f"https://{host}" != COPILOT_ANY_HOST and not host.endswith(".ghe.com")
+    return "token" if token.startswith("gho_") and has_plan else "Bearer"
 
 
-def copilot_identity(authorization: str, session_id: str, machine_id: str, device_id: str) -> Json:
+def copilot_identity(
+    token: CopilotToken, config: CopilotConfig, session_id: str, machine_id: str, device_id: str
+) -> dict[str, str]:
+    is_program = token.access_token.startswith(PROGRAM_TOKENS)
+    own_id = PROGRAM_INTEGRATION_ID if is_program else COPILOT_INTEGRATION_ID
     return {
-        "Authorization": authorization,
-        "Copilot-Integration-Id": COPILOT_INTEGRATION_ID,
+        "Authorization": f"{token.scheme} {token.access_token}",
+        "Copilot-Integration-Id": config.integration_id or own_id,
         "X-GitHub-Api-Version": COPILOT_API_VERSION,
         **EDITOR_HEADERS,
         "VScode-SessionId": session_id,
@@ -8671,8 +8685,14 @@ def request_note(headers: Headers, service: str, name: str) -> str:
 
 
 COPILOT_FAULTS = (
+    Fault(r"(?is)^40[01] .*authorization.{0,40}(?:badly|incorrectly|invalid|malformed)",
+          NotSignedIn, "Copilot refused the token: {message}.", "switch"),
+    Fault(r"(?is)^400 .*Personal Access Tokens? (?:is|are) not supported", Forbidden,
+          "Copilot refused this kind of token: {message}.", "",
+          "Set the provider's integration_id to an id that GitHub allows for such tokens."),
     Fault(r"(?s)^(?:401|403|421) .*Personal Access Token", NotSignedIn,
-          "Copilot refused the token: {message}."),
+          "Copilot refused the token: {message}.", "",
+          "It needs the permission Copilot Requests: github.com/settings/personal-access-tokens"),
     Fault(r"^401 ", NotSignedIn, "Copilot refused the token.{tail}", "refresh"),
     Fault(r"^(?:403|421) [^:]*: \Z", Forbidden,
           "Copilot does not allow this: {status}{tail}.", "refresh"),
@@ -8862,6 +8882,16 @@ class CopilotToken:
     api_url: str
     expires_at: float  #: Unix seconds
     refresh_in: float  #: seconds from now until it should be refreshed
+    scheme: str = ""  #: of the Authorization field
+
+    def __post_init__(self) -> None:
+        host = urllib.parse.urlsplit(self.api_url).netloc
+        self.scheme = self.scheme or copilot_scheme(self.access_token, host)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is the GitHub token itself."""
+        return self.access_token.startswith(DIRECT_TOKENS)
 
     @property
     def margin_s(self) -> float:
@@ -12447,6 +12477,32 @@ class TokenFile:
         return paths
 
 
+# A GitHub token for the provider `copilot`, instead of a stored sign-in.
+COPILOT_TOKEN_VARIABLE = "AICLIENT_COPILOT_TOKEN"
+
+
+class EnvironmentToken(TokenFile):
+    """The sign-in of COPILOT_TOKEN_VARIABLE: nothing about it is written to disk."""
+
+    def load(self) -> Json:
+        token = os.environ[COPILOT_TOKEN_VARIABLE]
+        return {"github_token": token, "user": f"({COPILOT_TOKEN_VARIABLE})"}
+
+    peek = load
+
+    def save(self, changes: Json) -> None:
+        pass
+
+    @contextlib.asynccontextmanager
+    async def lock(self) -> AsyncIterator[str]:
+        yield ""
+
+
+def copilot_token_file(paths: Paths, name: str) -> TokenFile:
+    is_given = name == "copilot" and os.environ.get(COPILOT_TOKEN_VARIABLE, "").strip()
+    return (EnvironmentToken if is_given else TokenFile)(paths.token_file(name))
+
+
 def random_uuid() -> str:
     return format_uuid(os.urandom(16).hex())
 
@@ -13531,11 +13587,15 @@ class AccountProvider(Provider, Generic[Token]):
         """The result of `send(token, *arguments)`; a token that is refused is renewed once."""
         token = await self.token()
         result = await send(token, *arguments)
-        if isinstance(result, RetryDecision) and result.action == "refresh":
-            renewed = await self.account.renew(token)
+        if isinstance(result, RetryDecision) and result.action in ("refresh", "switch"):
+            renewed = await self.renew(token, result)
             if renewed is not None:
                 return await send(renewed, *arguments)
         return result
+
+    async def renew(self, refused: Token, decision: RetryDecision) -> Token | None:
+        """A token to use instead of one that was refused; None if there is none."""
+        return await self.account.renew(refused)
 
     async def open(self, call: Call) -> BodyStream:
         with self.breaker.guarded(call.model.id):
@@ -13815,12 +13875,18 @@ async def obtain_copilot_token(
     client: HttpClient, config: CopilotConfig, github_token: str
 ) -> CopilotToken:
     """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
-    path = "/copilot_internal/v2/token"
-    status, headers, data = await ask_github(client, config, path, github_token)
-    is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
+    is_direct, status = github_token.startswith(PROGRAM_TOKENS), 404
+    if not is_direct:
+        path = "/copilot_internal/v2/token"
+        status, headers, data = await ask_github(client, config, path, github_token)
+        is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
     if is_direct:
         path = "/copilot_internal/user"
-        status, headers, data = await ask_github(client, config, path, github_token)
+        try:
+            status, headers, data = await ask_github(client, config, path, github_token)
+        except (UpstreamError, UpstreamTimeout) as error:
+            log_event("info", "account_unavailable", reason=error)
+            return direct_token(github_token, {}, config, time.time())
     body = load_object(data) if status == 200 else None
     if is_direct and status != 401:  # a fine-grained token may not ask this
         return direct_token(github_token, body or {}, config, time.time())
@@ -13832,6 +13898,36 @@ async def obtain_copilot_token(
     if body is None:
         raise UpstreamError("GitHub's token response is not JSON.")
     return read_token_response(body, config, time.time())
+
+
+def copilot_headers(identity: dict[str, str], intent: str) -> dict[str, str]:
+    request_id = random_uuid()
+    return {
+        **identity,
+        "Accept": "application/json",
+        "OpenAI-Intent": intent,
+        "X-Interaction-Type": intent,
+        "X-Request-Id": request_id,
+        "X-Agent-Task-Id": request_id,
+    }
+
+
+async def ask_models(
+    client: HttpClient, token: CopilotToken, headers: dict[str, str]
+) -> Json | RetryDecision:
+    """The model list, or what a refusal of the token means; raises UpstreamError and the like."""
+    url = token.api_url + "/models"
+    status, _, data = await client.fetch("GET", url, headers, MODELS_SECONDS)
+    if status in (400, 401, 403, 421):
+        decision = classify(
+            COPILOT_FAULTS, status, "", read_error_response(status, data)[0], tail=""
+        )
+        if type(decision.error) is not InvalidRequest:
+            return decision
+    body = load_object(data) if status == 200 else None
+    if body is None:
+        raise UpstreamError(f"Copilot's model list came with status {status}.")
+    return body
 
 
 def saved_token(token: CopilotToken) -> Json:
@@ -13852,6 +13948,11 @@ class CopilotAccount(Account[CopilotToken]):
     service = "Copilot"
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
     refresher: asyncio.Task[None] | None = None  #: runs from the first token on
+    scheme = ""  #: the Authorization scheme of a direct token, once the other one was refused
+
+    def __init__(self, provider: CopilotProvider, paths: Paths) -> None:
+        super().__init__(provider, paths)
+        self.file = copilot_token_file(paths, provider.name)
 
     def load(self, *, cached: bool = False) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
@@ -13863,7 +13964,7 @@ class CopilotAccount(Account[CopilotToken]):
         if github_token != self.refresh_secret:
             if self.refresh_secret:
                 self.provider.forget_account()
-            self.refresh_secret, self.cached = github_token, None
+            self.refresh_secret, self.cached, self.scheme = github_token, None, ""
         token, url = content.get("copilot_token"), content.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
             return None
@@ -13892,7 +13993,14 @@ class CopilotAccount(Account[CopilotToken]):
     def use(self, token: CopilotToken) -> CopilotToken:
         if self.refresher is None or self.refresher.done():
             self.refresher = asyncio.get_running_loop().create_task(self.refresh_in_background())
+        if self.scheme and token.is_direct:
+            token.scheme = self.scheme
         return super().use(token)
+
+    def switch_scheme(self, refused: CopilotToken) -> CopilotToken:
+        """The same token with the other Authorization scheme, which is kept."""
+        self.scheme = "Bearer" if refused.scheme == "token" else "token"
+        return self.use(replace(refused, scheme=self.scheme))
 
     async def refresh_in_background(self) -> None:
         """Renews the token shortly before it is due, while it is in use."""
@@ -13981,7 +14089,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
         return decision
 
     async def give_up(self, decision: RetryDecision) -> None:
-        if decision.action == "refresh" and isinstance(decision.error, NotSignedIn):
+        is_refused = decision.action == "refresh" and isinstance(decision.error, NotSignedIn)
+        if is_refused and not self.token.is_direct:
             message = "Copilot refuses the token that it has just issued."  # no new sign-in helps
             decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
         elif decision.action == "cool_down" and decision.wait_s is None:
@@ -13994,7 +14103,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
     # -- remedies
 
     async def renew(self, decision: RetryDecision) -> None:
-        renewed = await self.provider.account.renew(self.token)
+        renewed = await self.provider.renew(self.token, decision)
         if renewed is None:
             await self.give_up(decision)
             raise decision.error
@@ -14022,6 +14131,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
         "wait": (MAX_ATTEMPTS, Attempt.pause),
         "retry_once": (1, Attempt.pause),
         "refresh": (1, renew),
+        "switch": (1, renew),
         "repair": (MAX_ATTEMPTS, None),  # `body` applies the rejections just learned
         "forget": (1, forget_reasoning),
         "relist": (MAX_ATTEMPTS, await_list),
@@ -14031,6 +14141,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
 
 class CopilotProvider(AccountProvider[CopilotToken]):
     config: CopilotConfig
+    account: CopilotAccount
     account_class = CopilotAccount
     attempt_class = CopilotAttempt
 
@@ -14039,7 +14150,6 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         self.machine = load_machine(paths)
         self.session_id = f"{random_uuid()}{int(time.time() * 1000)}"
         self.identity: dict[str, str] = {}
-        self.identity_token = ""
 
     def forget_account(self) -> None:
         super().forget_account()
@@ -14049,19 +14159,15 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         token = self.account.cached
         return (self.account.refresh_secret, token.access_token if token else "")
 
+    async def renew(self, refused: CopilotToken, decision: RetryDecision) -> CopilotToken | None:
+        if decision.action == "switch" and refused.is_direct:
+            return self.account.switch_scheme(refused)
+        return await super().renew(refused, decision)
+
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
-        if token.access_token != self.identity_token:
-            authorization = copilot_authorization(token.access_token, split_url(token.api_url)[1])
-            self.identity = copilot_identity(authorization, self.session_id, *self.machine)
-            self.identity_token = token.access_token
-        request_id = random_uuid()
-        return {
-            **self.identity,
-            "OpenAI-Intent": intent,
-            "X-Interaction-Type": intent,
-            "X-Request-Id": request_id,
-            "X-Agent-Task-Id": request_id,
-        }
+        if self.identity.get("Authorization") != f"{token.scheme} {token.access_token}":
+            self.identity = copilot_identity(token, self.config, self.session_id, *self.machine)
+        return copilot_headers(self.identity, intent)
 
     def guess(self, model_id: str) -> Model | None:
         """Any exact name is tried, listed or not."""
@@ -14069,16 +14175,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
 
     async def fetch_models(self) -> dict[str, Model]:
         async def send(token: CopilotToken) -> Json | RetryDecision:
-            headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
-            url = token.api_url + "/models"
-            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
-            if status in (401, 403, 421):
-                message, _ = read_error_response(status, data)
-                return classify(COPILOT_FAULTS, status, "", message, tail="")
-            body = load_object(data) if status == 200 else None
-            if body is None:
-                raise UpstreamError(f"Copilot's model list came with status {status}.")
-            return body
+            return await ask_models(self.client, token, self.headers(token, "model-access"))
 
         body = await self.ask(send)
         if isinstance(body, RetryDecision):
@@ -14107,7 +14204,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
 
         async def send(token: CopilotToken) -> Json | RetryDecision:
             headers = self.headers(token, "conversation-other")
-            headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+            headers["Content-Type"] = "application/json"
             url = token.api_url + "/embeddings"
             reply = await self.client.fetch("POST", url, headers, EMBEDDINGS_SECONDS, data)
             if reply[0] != 200:
@@ -14135,6 +14232,8 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         self.account.load()
         path, github_token = "/copilot_internal/user", self.account.refresh_secret
         reply = await ask_github(self.client, self.config, path, github_token)
+        if reply[0] in (403, 404) and github_token.startswith(PROGRAM_TOKENS):
+            return None  # such tokens may not ask this
         if reply[0] != 200:
             raise classify_exchange_error(*reply, time.time()).error
         body = load_object(reply[2])
@@ -14876,6 +14975,7 @@ class SignInContext:
 COPILOT_CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the GitHub App of the editors' plugins
 COPILOT_SCOPE = "read:user"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+TOKEN_VARIABLES = ("COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN")  # in the Copilot CLI's order
 
 
 async def sign_in_copilot(
@@ -14889,6 +14989,7 @@ async def sign_in_copilot(
     if host:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
     with context.adding_provider(name, "copilot", settings) as config:
+        token = token or await offer_environment_token(context.console)
         if not token:
             base = config.github_url.rstrip("/")
             flow = DeviceFlow(
@@ -14907,6 +15008,21 @@ async def sign_in_copilot(
     return message
 
 
+async def offer_environment_token(console: Console) -> str:
+    """A token for programs in the environment, which is used without asking if nobody can reply."""
+    for name in TOKEN_VARIABLES:
+        token = os.environ.get(name, "").strip()
+        if not token.startswith(PROGRAM_TOKENS):
+            continue
+        question = f"Use the token in {name}, the way that GitHub documents for programs?"
+        if not console.interactive:
+            console.say(f"Using the token in {name}.")
+        elif not await console.confirm(question):
+            continue
+        return clean_token(token)
+    return ""
+
+
 async def check_copilot(
     context: SignInContext, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
@@ -14914,8 +15030,16 @@ async def check_copilot(
     content: Json = {"type": "copilot", "github_token": token}
     trouble = ""
     try:
-        content |= saved_token(await obtain_copilot_token(context.client, config, token))
-    except NotSignedIn:
+        copilot_token = await obtain_copilot_token(context.client, config, token)
+        content |= saved_token(copilot_token)
+        if copilot_token.is_direct:  # nothing has been asked of Copilot yet
+            machine = load_machine(context.paths)
+            identity = copilot_identity(copilot_token, config, random_uuid(), *machine)
+            headers = copilot_headers(identity, "model-access")
+            reply = await ask_models(context.client, copilot_token, headers)
+            if isinstance(reply, RetryDecision) and reply.action != "switch":
+                raise reply.error
+    except (NotSignedIn, Forbidden):
         raise
     except ApiError as error:
         trouble = f".  It could not be checked now; the first request will try it: {error}"
@@ -15417,7 +15541,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
 
 def account_rows(config: Config, paths: Paths) -> list[Json]:
     return [
-        account_row(name, entry, TokenFile(paths.token_file(name)))
+        account_row(name, entry, copilot_token_file(paths, name))
         for name, entry in config.providers.items()
         if isinstance(entry, (CopilotConfig, KiroConfig))
     ]

@@ -608,6 +608,9 @@ _SECRETS = _words(
     """
 )
 _INTEGRATIONS = ("vscode-chat", "copilot-developer-cli", "agentic-workflows")
+#: Fine-grained and server tokens: never exchanged, and taken under some of those ids only.
+PROGRAM_TOKENS = ("github_pat_", "ghs_")
+_PROGRAM_INTEGRATIONS = _INTEGRATIONS[1:]
 
 
 def check_http(method: str, target: str, fields: list[tuple[str, str]], size: int | None) -> None:
@@ -2627,6 +2630,9 @@ class FakeCopilot(FakeService):
         self.user_answers: deque[Answer] = deque()
         #: GitHub does not exchange this account's token, the Copilot API takes it itself.
         self.direct = False
+        #: The Authorization scheme of such a token; "" is "Bearer" for fine-grained and server
+        #: tokens, and "token", which a plan's own host wants, for others.
+        self.direct_scheme = ""
         self.exchanges = 0
         self.embedded = 0
         self.issued = Issued()
@@ -2646,6 +2652,11 @@ class FakeCopilot(FakeService):
     def secrets(self) -> set[str]:
         """All that was handed out and must never be shown."""
         return {self.github_token, *self._all_tokens}
+
+    @property
+    def for_programs(self) -> bool:
+        """Whether the token is of a kind that GitHub never exchanges."""
+        return self.github_token.startswith(PROGRAM_TOKENS)
 
     def expire_tokens(self) -> None:
         """Every Copilot token handed out so far is refused; those refusals are no violations."""
@@ -2754,6 +2765,9 @@ class FakeCopilot(FakeService):
         )
         if prepared:
             return prepared
+        if self.for_programs:
+            why = "Resource not accessible by personal access token"
+            raise Refusal(403, dump({"message": why, "status": "403"}), why)
         if self.direct:
             raise Refusal(404, dump({"message": "Not Found", "status": "404"}), "")
         expires = int(time.time()) + self.token_life + 300
@@ -2850,10 +2864,12 @@ class FakeCopilot(FakeService):
         """Token and headers of any request to the Copilot API."""
         check_secrets(seen)
         scheme, _, token = seen.headers.get("authorization", "").partition(" ")
-        if token == self.github_token and self.direct:
-            # Of a plan's own host, which this one stands for.
-            if scheme != "token":
+        if token == self.github_token and (self.direct or self.for_programs):
+            if scheme != (self.direct_scheme or ("Bearer" if self.for_programs else "token")):
                 raise plain(400, "Bad Request: Authorization header is badly formatted")
+            integration = seen.headers.get("copilot-integration-id")
+            if self.for_programs and integration not in _PROGRAM_INTEGRATIONS:
+                raise plain(400, "Personal Access Tokens are not supported for this endpoint")
         elif token == self.github_token:
             raise forbidden("the GitHub token was sent to the Copilot API")
         elif scheme != "Bearer" or token not in self._live_tokens:

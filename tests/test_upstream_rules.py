@@ -353,7 +353,8 @@ def test_a_token_never_shows_itself() -> None:
 
 
 def test_every_call_carries_the_editor_s_identity_and_the_exchange_its_own() -> None:
-    identity = gw.copilot_identity("Bearer T", "s", "m", "d")
+    token = gw.CopilotToken("T", "https://api.githubcopilot.com", NOW, 1500.0)
+    identity = gw.copilot_identity(token, gw.CopilotConfig(), "s", "m", "d")
     assert identity["Authorization"] == "Bearer T"
     assert {"Editor-Version", "Editor-Plugin-Version", "User-Agent"} <= set(identity)
     exchange = gw.exchange_headers("G")
