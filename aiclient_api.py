@@ -311,6 +311,10 @@ MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
 MODELS_STALE_SECONDS = 24 * 3600.0  # an entitled model may be missing from one list
 MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
+AUTO_SECONDS = 5.0  # for Auto's choice of a model, as in VS Code
+MAX_AUTO_CHOICES = 50  # conversations, as in VS Code
+AUTO_PROMPT_CHARS = 32_768
+AUTO_PEEK_BYTES = 4096  # of a response, searched for the name of its model
 MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
 MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
@@ -2305,6 +2309,7 @@ class Model:
     headers: dict[str, str] = field(default_factory=dict)  #: to send upstream with this model
     guessed: bool = False  #: not in the upstream's list, only named by the client
     embeds: bool = False  #: an embedding model
+    auto: bool = False  #: stands for, or is, the service's choice for a conversation
     raw: Json = field(default_factory=dict)
 
 
@@ -3064,6 +3069,15 @@ def opening_text(system: Any, messages: list[Json]) -> str:
     """System prompt and first user message: the same in every request of one conversation."""
     users = (message for message in messages if message.get("role") == "user")
     return text_of(system) + "\0" + text_of(next(users, {}).get("content"))
+
+
+def last_user_text(body: Json) -> str:
+    """What the user said last, in any dialect; tool results and images are no text."""
+    turns = body.get("messages", body.get("input"))
+    if isinstance(turns, str):
+        return turns
+    users = (turn for turn in reversed(turns or ()) if turn.get("role") == "user")
+    return next(filter(None, (text_of(turn.get("content")) for turn in users)), "")
 
 
 CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
@@ -7023,6 +7037,11 @@ class StreamTranslator:
         else:
             self.relay = client.relay(context)
 
+    def rename_model(self, model_id: str) -> None:
+        """To be called before the first byte of the response."""
+        self.context.model = model_id
+        self.__post_init__()
+
     @property
     def is_finished(self) -> bool:
         return self.error is not None or self.relay.finished
@@ -7172,6 +7191,11 @@ HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 
 
+def is_enabled(entry: Json) -> bool:
+    """Whether the account may use a model of the catalogue; without a policy it may."""
+    return bool(get_dict(entry, "policy").get("state", "enabled") == "enabled")
+
+
 def read_copilot_model(entry: Json, provider: str) -> Model | None:
     """One catalogue entry; None if it is not a chat or embeddings model."""
     model_id = entry.get("id")
@@ -7208,7 +7232,7 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         budget=(min_budget, max_budget) if max_budget else None,
         stops=0 if REASONING_GPT.match(model_id) else None,
         streaming=supports.get("streaming", True) is not False,
-        listed=is_picked and get_dict(entry, "policy").get("state", "enabled") == "enabled",
+        listed=is_picked and is_enabled(entry),
         headers={
             key.lower(): value
             for key, value in headers
@@ -7228,6 +7252,11 @@ def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
         model = read_copilot_model(entry, provider) if isinstance(entry, dict) else None
         if model is not None:
             models.setdefault(model.id, model)
+    chat_models = [model for model in models.values() if not model.embeds]
+    if not any(model.listed for model in chat_models):
+        # The flags of some Individual, Free and Student plans are all false (2026-11).
+        for model in chat_models:
+            model.listed = is_enabled(model.raw)
     return models
 
 
@@ -7262,13 +7291,67 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
     return round(min(max(total / batch_size * unit, 0.0), MAX_FIGURE))
 
 
+# The families of 2026-11: vendor and dialects of models that the catalogue does not describe.
+COPILOT_FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (r"claude-", "Anthropic", ("messages", "chat")),
+    (r"gpt-(?:5\.[4-9]|6)", "OpenAI", ("responses",)),
+    (r"grok-4\.[5-9]", "xAI", ("responses",)),
+    (r"mai-", "Microsoft", ("responses",)),
+    (r"gemini-", "Google", ("chat",)), (r"kimi-", "Moonshot AI", ("chat",)),
+    (r"", "", ("chat",)),
+)  # fmt: skip
+
+
 def guess_copilot_model(model_id: str, provider: str) -> Model:
     """A model missing from the catalogue, which fluctuates: an exact name is still tried."""
-    is_claude = model_id.startswith("claude")
-    dialects = ("messages", "chat") if is_claude else ("chat",)
-    vendor = "Anthropic" if is_claude else ""
+    families = (row[1:] for row in COPILOT_FAMILIES if re.match(row[0], model_id))
+    vendor, dialects = next(families)
     stops = 0 if REASONING_GPT.match(model_id) else None
     return Model(model_id, provider, dialects, vendor=vendor, stops=stops, guessed=True)
+
+
+# Auto: the service chooses a model for each conversation; Free and Student plans have nothing else.
+# The ways to ask for it and their API versions, best first: VS Code's (its public source, 2026-12),
+# its older one, and a chat request without a model (reported in 2026-11).
+AUTO_MODEL = "auto"
+AUTO_UNNAMED = "/chat/completions"
+AUTO_PATHS = {"/auto": "2026-08-01", "/models/session": "2026-06-01", AUTO_UNNAMED: ""}
+AUTO_GATED = (403, 404, 405, 410, 501)  # this account or service does not have the path
+SESSION_HEADER = "copilot-session-token"
+SESSION_REFUSED = re.compile(r"(?i)session[ _-]?token|auto[ _-]?mode|invalid session")
+MODEL_DEMANDED = re.compile(
+    r"(?i)model_not_supported|requested model|missing.{0,40}\bmodel\b"
+    r"|\bmodel\b.{0,40}(?:required|missing|empty|must)"
+)
+NAMED_MODEL = re.compile(rb'"model": ?"([\w.:/-]{1,128})"')
+
+
+def auto_payload(path: str, prompt: str, has_image: bool, tier: str) -> Json:
+    if path != "/auto":
+        return {"auto_mode": {"model_hints": [AUTO_MODEL]}}
+    options: Json = {"has_image": True} if has_image else {}
+    return {"prompt": prompt, **options, **({"tier": tier} if tier else {})}
+
+
+def read_auto_choice(body: Json, models: dict[str, Model], provider: str) -> Model | None:
+    """The chosen model, whose requests carry the session token; None if the response names none.
+
+    `selected_model` is an entry of a catalogue, but only its id is certain, or, in the older
+    response, an id.  The catalogue may lack the model.
+    """
+    selected, offered = body.get("selected_model"), body.get("available_models")
+    if not isinstance(selected, dict):
+        ids = [selected, *(offered if isinstance(offered, list) else ())]
+        selected = {"id": next(filter(None, ids), None)}
+    entry = {key: value for key, value in selected.items() if value}
+    guess = guess_copilot_model(str(entry.get("id")), provider)
+    entry.setdefault("supported_endpoints", [DIALECT_PATHS[name] for name in guess.dialects])
+    model = models.get(guess.id) or read_copilot_model({"vendor": guess.vendor, **entry}, provider)
+    if model is None:
+        return None
+    token = get_token(body, "session_token")
+    session = {SESSION_HEADER: token} if token else {}
+    return replace(model, auto=True, headers={**model.headers, **session})
 
 
 # How Anthropic's clients ask for a million tokens; Copilot lists separate models for that.
@@ -7381,19 +7464,23 @@ def copilot_scheme(token: str, host: str) -> str:
     return "token" if token.startswith("gho_") and has_plan else "Bearer"
 
 
-def copilot_identity(
-    token: CopilotToken, config: CopilotConfig, session_id: str, machine_id: str, device_id: str
+def copilot_headers(
+    token: CopilotToken, config: CopilotConfig, ids: Iterable[str], intent: str, request_id: str
 ) -> dict[str, str]:
+    """`ids`: of the session, the machine and the device."""
     is_program = token.access_token.startswith(PROGRAM_TOKENS)
     own_id = PROGRAM_INTEGRATION_ID if is_program else COPILOT_INTEGRATION_ID
     return {
         "Authorization": f"{token.scheme} {token.access_token}",
+        "Accept": "application/json",
         "Copilot-Integration-Id": config.integration_id or own_id,
         "X-GitHub-Api-Version": COPILOT_API_VERSION,
         **EDITOR_HEADERS,
-        "VScode-SessionId": session_id,
-        "VScode-MachineId": machine_id,
-        "Editor-Device-Id": device_id,
+        **dict(zip(("VScode-SessionId", "VScode-MachineId", "Editor-Device-Id"), ids, strict=True)),
+        "OpenAI-Intent": intent,
+        "X-Interaction-Type": intent,
+        "X-Request-Id": request_id,
+        "X-Agent-Task-Id": request_id,
     }
 
 
@@ -8716,7 +8803,8 @@ COPILOT_FAULTS = (
     Fault(r"(?i)^400 (?:context_length|model_max_prompt_tokens)_exceeded:|prompt is too long"
           r"|too large for model context window|context length", ContextTooLong),
     Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
-          "Copilot does not offer {model} to this account.", "relist",
+          "Copilot does not offer {model} to this account; use {auto}, which is all that Free and "
+          "Student plans have.", "relist",
           "It may need to be enabled at github.com/settings/copilot.", "model"),
     Fault(r"(?i)^400 (?:unsupported_api_for_model:|[^:]*: (?:The requested )?model "
           r'"?[\w.:/-]{1,200}"? is not accessible via the /)', InvalidRequest,
@@ -8746,7 +8834,8 @@ def classify_copilot_error(
     tail = request_note(headers, "GitHub", "x-github-request-id")
     if status in (401, 403, 421) and b'"authorize_url"' in data:  # for a third-party agent
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
-    decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, tail=tail)
+    auto = f"{model.provider}/{AUTO_MODEL}"
+    decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, auto=auto, tail=tail)
     is_plain_400 = status == 400 and type(decision.error) is InvalidRequest
     if is_plain_400 and decision.action in ("", "forget"):
         decision.rejections = read_rejections(message, code, sent, rejections)
@@ -9981,6 +10070,8 @@ class Router:
         if not provider:
             lists = {owner: catalogues.get(owner, {}) for owner in self.enabled}
             owners = {owner: models[name] for owner, models in lists.items() if name in models}
+            if len(owners) > 1:  # Copilot's Auto goes by its full name
+                owners = {owner: model for owner, model in owners.items() if not model.auto}
             if not owners:
                 found = ((owner, find_model(name, models)) for owner, models in lists.items())
                 owners = {owner: model for owner, model in found if model}
@@ -12368,12 +12459,17 @@ def lock_file(path: str) -> int | None:
                 os.close(fd)
 
 
+# A GitHub token for the provider `copilot`, instead of a stored sign-in.
+COPILOT_TOKEN_VARIABLE = "AICLIENT_COPILOT_TOKEN"
+
+
 @dataclass(eq=False)
 class TokenFile:
     """A provider's sign-in on disk; other processes may change it at any time."""
 
     path: str
     identity: tuple[int, ...] = ()  #: `file_identity` as of the last read or write
+    given: str = ""  #: a GitHub token instead of the file's: nothing is read or written
     user: str = ""  #: the account's name, as of the last read
     refused: bool = False  #: by the service, as of the last read
     #: changes not written yet: they must not be lost, as a rotated token is issued only once
@@ -12389,6 +12485,9 @@ class TokenFile:
         Nothing is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
         """
         path = os.path.join(os.path.dirname(self.path), "token.lock")
+        if self.given:
+            yield path
+            return
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
             make_private_dir(os.path.dirname(path))
@@ -12416,6 +12515,8 @@ class TokenFile:
 
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
+        if self.given:
+            return {"github_token": self.given, "login": f"({COPILOT_TOKEN_VARIABLE})"}
         content = load_private_json(self.path)
         if content is None:
             return None
@@ -12441,8 +12542,8 @@ class TokenFile:
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
-        if self.identity and not file_identity(self.path):
-            self.unsaved = {}  # revoked meanwhile
+        if self.given or (self.identity and not file_identity(self.path)):
+            self.unsaved = {}  # or revoked meanwhile
             return
         try:
             content = load_private_json(self.path, quarantines=True) or {}
@@ -12477,30 +12578,9 @@ class TokenFile:
         return paths
 
 
-# A GitHub token for the provider `copilot`, instead of a stored sign-in.
-COPILOT_TOKEN_VARIABLE = "AICLIENT_COPILOT_TOKEN"
-
-
-class EnvironmentToken(TokenFile):
-    """The sign-in of COPILOT_TOKEN_VARIABLE: nothing about it is written to disk."""
-
-    def load(self) -> Json:
-        token = os.environ[COPILOT_TOKEN_VARIABLE]
-        return {"github_token": token, "user": f"({COPILOT_TOKEN_VARIABLE})"}
-
-    peek = load
-
-    def save(self, changes: Json) -> None:
-        pass
-
-    @contextlib.asynccontextmanager
-    async def lock(self) -> AsyncIterator[str]:
-        yield ""
-
-
 def copilot_token_file(paths: Paths, name: str) -> TokenFile:
-    is_given = name == "copilot" and os.environ.get(COPILOT_TOKEN_VARIABLE, "").strip()
-    return (EnvironmentToken if is_given else TokenFile)(paths.token_file(name))
+    token = os.environ.get(COPILOT_TOKEN_VARIABLE, "").strip() if name == "copilot" else ""
+    return TokenFile(paths.token_file(name), given=token)
 
 
 def random_uuid() -> str:
@@ -13370,6 +13450,12 @@ class Provider:
         """A model that the catalogue does not list but that may still exist."""
         return None
 
+    async def choose_model(
+        self, model: Model, conversation: str, prompt: str, has_image: bool
+    ) -> Model:
+        """What a model with `auto` stands for in this conversation.  Raises ApiError."""
+        return model
+
     async def open(self, call: Call) -> BodyStream:
         """A successful upstream response; retries are the provider's.  Raises ApiError."""
         raise NotImplementedError
@@ -13500,7 +13586,7 @@ class Account(Generic[Token]):
         assert token is not None
         return token
 
-    async def renew(self, refused: Token) -> Token | None:
+    async def renew(self, refused: Token, action: str = "refresh") -> Token | None:
         """A token other than `refused`; None if one was obtained only a moment ago."""
         return await self.finish(self.obtain(refused.access_token))
 
@@ -13588,14 +13674,10 @@ class AccountProvider(Provider, Generic[Token]):
         token = await self.token()
         result = await send(token, *arguments)
         if isinstance(result, RetryDecision) and result.action in ("refresh", "switch"):
-            renewed = await self.renew(token, result)
+            renewed = await self.account.renew(token, result.action)
             if renewed is not None:
                 return await send(renewed, *arguments)
         return result
-
-    async def renew(self, refused: Token, decision: RetryDecision) -> Token | None:
-        """A token to use instead of one that was refused; None if there is none."""
-        return await self.account.renew(refused)
 
     async def open(self, call: Call) -> BodyStream:
         with self.breaker.guarded(call.model.id):
@@ -13900,18 +13982,6 @@ async def obtain_copilot_token(
     return read_token_response(body, config, time.time())
 
 
-def copilot_headers(identity: dict[str, str], intent: str) -> dict[str, str]:
-    request_id = random_uuid()
-    return {
-        **identity,
-        "Accept": "application/json",
-        "OpenAI-Intent": intent,
-        "X-Interaction-Type": intent,
-        "X-Request-Id": request_id,
-        "X-Agent-Task-Id": request_id,
-    }
-
-
 async def ask_models(
     client: HttpClient, token: CopilotToken, headers: dict[str, str]
 ) -> Json | RetryDecision:
@@ -13997,8 +14067,10 @@ class CopilotAccount(Account[CopilotToken]):
             token.scheme = self.scheme
         return super().use(token)
 
-    def switch_scheme(self, refused: CopilotToken) -> CopilotToken:
-        """The same token with the other Authorization scheme, which is kept."""
+    async def renew(self, refused: CopilotToken, action: str = "refresh") -> CopilotToken | None:
+        """With the action `switch` the same token in the other scheme, which is kept."""
+        if action != "switch" or not refused.is_direct:
+            return await super().renew(refused)
         self.scheme = "Bearer" if refused.scheme == "token" else "token"
         return self.use(replace(refused, scheme=self.scheme))
 
@@ -14047,6 +14119,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
         elif call.dialect == "chat" and not is_openai(model):
             provider.reasoning.attach(draft.body)
         call.dropped[:] = list(dict.fromkeys([*self.initial_dropped, *draft.dropped]))
+        if model.id == AUTO_MODEL:
+            del draft.body["model"]
         return draft.body
 
     async def send(self) -> UpstreamResponse:
@@ -14086,6 +14160,12 @@ class CopilotAttempt(Attempt[CopilotToken]):
             call.model.id, call.dialect, rejection_memory, time.monotonic()
         )
         provider.quota_watch.on_error(decision.error)
+        if call.model.auto and response.status in (400, 401, 403, 404, 422):
+            reason = " ".join(read_error_response(response.status, refusal[2])[::-1])
+            is_unnamed = call.model.id == AUTO_MODEL
+            pattern = MODEL_DEMANDED if is_unnamed else SESSION_REFUSED
+            if pattern.search(reason) or decision.action == "relist":
+                decision.action = "choose"
         return decision
 
     async def give_up(self, decision: RetryDecision) -> None:
@@ -14103,7 +14183,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
     # -- remedies
 
     async def renew(self, decision: RetryDecision) -> None:
-        renewed = await self.provider.renew(self.token, decision)
+        renewed = await self.provider.account.renew(self.token, decision.action)
         if renewed is None:
             await self.give_up(decision)
             raise decision.error
@@ -14118,6 +14198,10 @@ class CopilotAttempt(Attempt[CopilotToken]):
         if self.call.model.guessed:
             raise decision.error
         await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
+
+    async def choose_again(self, decision: RetryDecision) -> None:
+        self.provider.forget_choice(self.call.model)
+        raise WrongDialect(decision.error.message, hint=decision.error.hint, param="model")
 
     async def change_dialect(self, decision: RetryDecision) -> None:
         model = self.call.model
@@ -14136,6 +14220,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
         "forget": (1, forget_reasoning),
         "relist": (MAX_ATTEMPTS, await_list),
         "reroute": (1, change_dialect),
+        "choose": (1, choose_again),
     }
 
 
@@ -14149,29 +14234,97 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         super().__init__(name, config, paths, client)
         self.machine = load_machine(paths)
         self.session_id = f"{random_uuid()}{int(time.time() * 1000)}"
-        self.identity: dict[str, str] = {}
 
     def forget_account(self) -> None:
         super().forget_account()
         self.rejection_memory = RejectionMemory()
+        self.auto_paths = list(AUTO_PATHS)  #: those that this account is not known to lack
+        #: Auto's choices by conversation, the latest used last: (model, monotonic expiry)
+        self.choices: OrderedDict[str, tuple[Model, float]] = OrderedDict()
 
     def secrets(self) -> tuple[str, ...]:
         token = self.account.cached
-        return (self.account.refresh_secret, token.access_token if token else "")
-
-    async def renew(self, refused: CopilotToken, decision: RetryDecision) -> CopilotToken | None:
-        if decision.action == "switch" and refused.is_direct:
-            return self.account.switch_scheme(refused)
-        return await super().renew(refused, decision)
+        sessions = [model.headers.get(SESSION_HEADER, "") for model, _ in self.choices.values()]
+        return (self.account.refresh_secret, token.access_token if token else "", *sessions)
 
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
-        if self.identity.get("Authorization") != f"{token.scheme} {token.access_token}":
-            self.identity = copilot_identity(token, self.config, self.session_id, *self.machine)
-        return copilot_headers(self.identity, intent)
+        ids = (self.session_id, *self.machine)
+        return copilot_headers(token, self.config, ids, intent, random_uuid())
 
     def guess(self, model_id: str) -> Model | None:
         """Any exact name is tried, listed or not."""
-        return guess_copilot_model(model_id, self.name)
+        guess = guess_copilot_model(model_id, self.name)
+        return replace(guess, auto=True) if model_id == AUTO_MODEL else guess
+
+    async def choose_model(
+        self, model: Model, conversation: str, prompt: str, has_image: bool
+    ) -> Model:
+        """The model that Auto has chosen for the conversation, or chooses now."""
+        choice, expires_at = self.choices.pop(conversation, (model, 0.0))
+        if time.monotonic() < expires_at:
+            self.choices[conversation] = choice, expires_at
+            return choice
+        failure: ApiError | None = None
+        for path in list(self.auto_paths):
+            if path == AUTO_UNNAMED:
+                return replace(model, dialects=("chat",))
+            try:
+                body = await self.ask_auto(path, model, prompt[:AUTO_PROMPT_CHARS], has_image)
+                chosen = read_auto_choice(body, self.catalogue.models, self.name)
+                if chosen is None:
+                    raise UpstreamError("Copilot's Auto has named no model.")
+            except ApiError as error:
+                failure = error
+                log_event("info", "auto_failed", provider=self.name, path=path, reason=error)
+                continue
+            left_s = max(read_time(body.get("expires_at")) - time.time(), 0.0)
+            margin_s = min(COPILOT_REFRESH_MARGIN_SECONDS, COPILOT_REFRESH_MARGIN_SHARE * left_s)
+            self.choices[conversation] = chosen, time.monotonic() + left_s - margin_s
+            if len(self.choices) > MAX_AUTO_CHOICES:
+                self.choices.popitem(last=False)
+            return chosen
+        if failure is not None and self.auto_paths:
+            raise failure
+        hint = "Name a model; GET /v1/models lists them."
+        raise ModelNotFound(
+            "Copilot does not offer Auto to this account.", hint=hint, param="model"
+        )
+
+    async def ask_auto(self, path: str, model: Model, prompt: str, has_image: bool) -> Json:
+        payload, status = auto_payload(path, prompt, has_image, self.config.auto_tier), 0
+        data = dump_json(payload)
+
+        async def send(token: CopilotToken) -> Json | RetryDecision:
+            nonlocal status
+            headers = self.headers(token, "model-access")
+            headers["Content-Type"] = "application/json"
+            headers["X-GitHub-Api-Version"] = AUTO_PATHS[path]
+            reply = await self.client.fetch(
+                "POST", token.api_url + path, headers, AUTO_SECONDS, data
+            )
+            status = reply[0]
+            body = load_object(reply[2]) if status == 200 else None
+            return body or classify_copilot_error(*reply, model, payload, {}, time.time())
+
+        result = await self.ask(send)
+        if not isinstance(result, RetryDecision):
+            return result
+        if status in AUTO_GATED and not isinstance(result.error, NotSignedIn):
+            self.rule_out(path)
+        raise result.error
+
+    def rule_out(self, path: str) -> None:
+        """This account lacks a way to ask for Auto, and without any it lacks the model."""
+        if path in self.auto_paths:
+            self.auto_paths.remove(path)
+        if not self.auto_paths:
+            self.catalogue.models.pop(AUTO_MODEL, None)
+
+    def forget_choice(self, refused: Model) -> None:
+        if refused.id == AUTO_MODEL:
+            self.rule_out(AUTO_UNNAMED)
+        for key in [key for key, (model, _) in self.choices.items() if model is refused]:
+            del self.choices[key]
 
     async def fetch_models(self) -> dict[str, Model]:
         async def send(token: CopilotToken) -> Json | RetryDecision:
@@ -14180,7 +14333,15 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         body = await self.ask(send)
         if isinstance(body, RetryDecision):
             raise body.error
-        return read_copilot_models(body, self.name)
+        models = read_copilot_models(body, self.name)
+        models.pop(AUTO_MODEL, None)
+        if not self.auto_paths:
+            return models
+        auto = Model(AUTO_MODEL, self.name, name="Auto", vendor="GitHub", auto=True)
+        chat_models = (model for model in models.values() if not model.embeds)
+        is_picked = any(model.raw.get("model_picker_enabled", True) for model in chat_models)
+        # Where nothing may be picked, it is the first that a client sees.
+        return {**models, auto.id: auto} if is_picked else {auto.id: auto, **models}
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
@@ -15033,9 +15194,8 @@ async def check_copilot(
         copilot_token = await obtain_copilot_token(context.client, config, token)
         content |= saved_token(copilot_token)
         if copilot_token.is_direct:  # nothing has been asked of Copilot yet
-            machine = load_machine(context.paths)
-            identity = copilot_identity(copilot_token, config, random_uuid(), *machine)
-            headers = copilot_headers(identity, "model-access")
+            ids = (random_uuid(), *load_machine(context.paths))
+            headers = copilot_headers(copilot_token, config, ids, "model-access", random_uuid())
             reply = await ask_models(context.client, copilot_token, headers)
             if isinstance(reply, RetryDecision) and reply.action != "switch":
                 raise reply.error
@@ -16588,12 +16748,14 @@ class Gateway:
         `raw` adds the upstream's own entry.
         """
         entries: list[tuple[str, Model]] = []
-        ids = Counter(model for models in catalogues.values() for model in models)
+        every_model = (model for models in catalogues.values() for model in models.values())
+        ids = Counter(model.id for model in every_model if not model.auto)
         for name, models in catalogues.items():
             for model in models.values():
                 if model.listed and (model.embeds or model.dialects):
                     is_ambiguous = ids[model.id] > 1 or model.id in self.router.aliases
-                    entries.append((f"{name}/{model.id}" if is_ambiguous else model.id, model))
+                    has_prefix = is_ambiguous or model.auto
+                    entries.append((f"{name}/{model.id}" if has_prefix else model.id, model))
         for alias in self.router.aliases:
             target = self.resolve_name(alias, catalogues)
             entries += [(alias, target)] if target else []
@@ -16786,16 +16948,25 @@ class Gateway:
         now = asyncio.get_running_loop().time
         hold_deadline = now() + HOLD_LIST_SECONDS
 
-        async def attempt(provider: Provider, model: Model) -> Response:
+        async def attempt(provider: Provider, model: Model, is_last: bool = False) -> Response:
             hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
-            exchange = functools.partial(
-                self.exchange, request, client_dialect, body, request_info, provider, model, hold_s
-            )
+            chosen = model
+            if model.auto:
+                key = "\0".join((self.label(request), request_info.session, request_info.opening))
+                has_image = client_dialect.has_image(body)
+                with advising(provider):
+                    chosen = await provider.choose_model(
+                        model, short_hash(key, 32), last_user_text(body), has_image
+                    )
             try:
-                return await exchange()
+                return await self.exchange(
+                    request, client_dialect, body, request_info, provider, chosen, hold_s
+                )
             except WrongDialect:
-                # The provider has just ruled that dialect out; another one is tried, once.
-                return await exchange()
+                # The provider has just ruled that dialect, or that choice, out: asked again, once.
+                if is_last:
+                    raise
+            return await attempt(provider, model, is_last=True)
 
         return await self.first_response(request, request_info.model, routes, body_hash, attempt)
 
@@ -16819,7 +16990,7 @@ class Gateway:
         context = ResponseContext(
             id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
-            model=request_info.model,
+            model=model.id if model.auto else request_info.model,
             include_usage=request_info.include_usage or not request_info.stream,
             request_body=body,
             store_reasoning=provider.reasoning.store,
@@ -16909,6 +17080,8 @@ class Exchange:
             self.source = await self.provider.open(self.call)
         piece = await self.source.read_some()
         self.first_byte_at = asyncio.get_running_loop().time()
+        if self.call.model.id == AUTO_MODEL and self.call.model.auto:
+            piece = await self.name_model(piece)
         if piece.lstrip()[:1] == b"{":
             return await self.open_buffered(piece)
         translator = self.translator
@@ -16917,6 +17090,19 @@ class Exchange:
             piece = await self.source.read_some()
             data += translator.feed(piece) if piece else translator.end()
         return data
+
+    async def name_model(self, piece: bytes) -> bytes:
+        """Reads until the response tells which model Auto has chosen; returns what was read."""
+        assert self.source is not None
+        while not (named := NAMED_MODEL.search(piece)) and len(piece) < AUTO_PEEK_BYTES:
+            more = await self.source.read_some()
+            if not more:
+                return piece
+            piece += more
+        if named:
+            self.call.model = replace(self.call.model, id=named[1].decode())
+            self.translator.rename_model(self.call.model.id)
+        return piece
 
     async def open_buffered(self, first: bytes) -> bytes:
         """For an upstream that sends one JSON object instead of a stream."""

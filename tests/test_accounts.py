@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from fakes import Answer, FakeCopilot, dump, plain
+from fakes import Answer, FakeCopilot, Seen, auto_model, default_models, dump, plain
 from support import Gateway, Reply
 
 Json = dict[str, Any]
@@ -162,3 +164,220 @@ def test_a_token_in_the_environment_needs_no_sign_in(token: str) -> None:
             assert "provider copilot: not" not in gateway.stdout()
             assert not (gateway.config_folder / "copilot").exists()
         assert fake.violations == []
+
+
+# ---- Auto ----------------------------------------------------------------------------------------
+
+AUTO = "copilot/auto"
+CHOSEN = "gpt-6.1-luna"
+
+
+def auto_calls(fake: FakeCopilot) -> list[Seen]:
+    """The requests for a choice, so far."""
+    return [seen for seen in fake.requests if seen.path in ("/auto", "/models/session")]
+
+
+def listed(gateway: Gateway) -> list[str]:
+    """The ids of /v1/models."""
+    return [row["id"] for row in gateway.request("GET", "/v1/models").json()["data"]]
+
+
+def named_models(path: str, reply: Reply, stream: bool) -> set[str]:
+    """Every model that an answer names."""
+    lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+    rows = [json.loads(line) for line in lines] if stream else [reply.json()]
+    inner = [row.get("response") or row.get("message") or row for row in rows]
+    return {row["model"] for row in inner if "model" in row}
+
+
+def hard_words(path: str) -> Any:
+    """What the last user said, in parts."""
+    kind = "input_text" if path == RESPONSES else "text"
+    parts = [{"type": kind, "text": "look"}, {"type": kind, "text": "here"}]
+    return [{"role": "user", "content": parts}] if path == RESPONSES else parts
+
+
+@ALL
+@STREAMED
+@pytest.mark.parametrize("way", ["auto", "session"])
+@pytest.mark.parametrize("only_auto", [True, False], ids=["student", "paid"])
+def test_auto_chooses_a_model_for_a_conversation(
+    path: str, stream: bool, way: str, only_auto: bool
+) -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.auto_ways, fake.only_auto = {way}, only_auto
+        if way == "session":
+            fake.auto_models = [default_models()[0]]
+        chosen = fake.auto_models[0]["id"]
+        for turn in range(3):
+            reply = ask(gateway, path, AUTO, hard_words(path), stream=stream)
+            assert reply.status == 200, reply
+            assert reply.headers["x-aiclient-model"] == chosen
+            assert named_models(path, reply, stream) == {chosen}
+            sent = fake.calls[turn]
+            assert sent.body["model"] == chosen
+            assert sent.headers["copilot-session-token"] == "auto-session-0-EXAMPLE"
+        asked = auto_calls(fake)
+        assert [seen.path for seen in asked].count("/auto") == 1
+        if way == "auto":
+            assert asked[0].body == {"prompt": "look\nhere"}
+            assert asked[0].headers["x-github-api-version"] == "2026-08-01"
+        used = gateway.request("GET", "/v1/usage").json()["providers"]["copilot"]["models"]
+        assert list(used) == [chosen]
+        assert fake.violations == []
+        assert AUTO in listed(gateway)
+
+
+def test_every_conversation_has_its_own_choice_and_the_oldest_is_forgotten() -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.auto_models = [auto_model(), default_models()[0], default_models()[3]]
+        names = [model["id"] for model in fake.auto_models]
+        told = [ask(gateway, CHAT, AUTO, str(n)).headers["x-aiclient-model"] for n in range(3)]
+        assert told == names
+        again = [ask(gateway, CHAT, AUTO, str(n)).headers["x-aiclient-model"] for n in range(3)]
+        assert again == names
+        assert len(auto_calls(fake)) == 3
+        history = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "a"},
+                   {"role": "user", "content": "2"}]  # fmt: skip
+        body = {"model": AUTO, "messages": history}
+        reply = gateway.request("POST", CHAT, body, {"X-Initiator": "user"})
+        assert reply.headers["x-aiclient-model"] == names[1]
+        for n in range(3, 53):
+            assert ask(gateway, CHAT, AUTO, str(n)).status == 200
+        assert len(auto_calls(fake)) == 53
+        assert ask(gateway, CHAT, AUTO, "52").status == 200
+        assert len(auto_calls(fake)) == 53
+        assert ask(gateway, CHAT, AUTO, "0").status == 200
+        assert len(auto_calls(fake)) == 54
+        assert fake.violations == []
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["expired", "refused"])
+@ALL
+def test_a_choice_that_ended_is_made_anew(path: str, refused: bool) -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.session_life = 86_400 if refused else 1
+        assert ask(gateway, path, AUTO).status == 200
+        if refused:
+            fake.end_sessions()
+            fake.auto_models = [default_models()[0]]
+        else:
+            time.sleep(1)
+        reply = ask(gateway, path, AUTO, stream=True)
+        assert reply.status == 200
+        assert reply.headers["x-aiclient-model"] == fake.auto_models[0]["id"]
+        assert len(auto_calls(fake)) == 2
+        assert fake.violations == []
+
+
+HTML = Answer(404, {"Content-Type": "text/html"}, b"<html>Not Found</html>", chunked=False)
+GONE = Answer(404, {}, dump({"error": "not_found"}), chunked=False)
+BUSY = Answer(503, {}, dump({"error": "unavailable"}), chunked=False)
+ODD = Answer(200, {}, b"<html>hello</html>", chunked=False)
+NAMELESS = Answer(200, {}, dump({"session_token": "x", "selected_model": {}}), chunked=False)
+
+
+@pytest.mark.parametrize(
+    ("first", "lasting"),
+    [(HTML, True), (GONE, True), (BUSY, False), (ODD, False), (NAMELESS, False)],
+)
+def test_the_next_way_is_taken_for_good_only_where_auto_is_gated_off(
+    first: Answer, lasting: bool
+) -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.auto_ways = {"auto", "session"}
+        fake.auto_answers.append(first)
+        for words in ("one", "two"):
+            assert ask(gateway, CHAT, AUTO, words).status == 200
+        paths = [seen.path for seen in auto_calls(fake)]
+        assert paths == ["/auto", "/models/session", "/models/session" if lasting else "/auto"]
+
+
+@ALL
+@STREAMED
+def test_auto_without_a_name_is_the_last_way(path: str, stream: bool) -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.auto_ways, fake.only_auto = {"unnamed"}, True
+        for _ in range(2):
+            reply = ask(gateway, path, AUTO, stream=stream)
+            assert reply.status == 200, reply
+            assert reply.headers["x-aiclient-model"].startswith("gpt-4.1")
+            assert named_models(path, reply, stream) == {reply.headers["x-aiclient-model"]}
+            assert "model" not in fake.calls[-1].body
+        assert len(auto_calls(fake)) == 2
+        assert fake.violations == []
+        used = gateway.request("GET", "/v1/usage").json()["providers"]["copilot"]["models"]
+        assert list(used) == [reply.headers["x-aiclient-model"]]
+
+
+@ALL
+def test_an_account_without_auto_is_told_so(path: str) -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.auto_ways = set()
+        assert AUTO in listed(gateway)
+        for _ in range(2):
+            reply = ask(gateway, path, AUTO, stream=True)
+            assert reply.status == 404
+            assert "does not offer Auto" in message(reply)
+        assert len(fake.calls) == 1
+        assert AUTO not in listed(gateway)
+        assert ask(gateway, path, GPT).status == 200
+
+
+def test_auto_that_is_busy_is_not_lost() -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.auto_answers.append(BUSY)
+        assert ask(gateway, CHAT, AUTO).status == 200
+        assert [seen.path for seen in auto_calls(fake)] == ["/auto", "/models/session", "/auto"]
+
+
+@ALL
+def test_a_plan_that_has_only_auto_says_so(path: str) -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.only_auto = True
+        for row in fake.model_list:
+            row["model_picker_enabled"] = False
+        assert listed(gateway)[0] == AUTO
+        reply = ask(gateway, path, "copilot/gpt-5.2")
+        assert reply.status == 404
+        assert AUTO in message(reply)
+
+
+def test_auto_hangs_for_five_seconds_at_most() -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.auto_ways = {"auto", "session"}
+        fake.auto_answers.append(Answer(0, then="hang"))
+        started = time.monotonic()
+        assert ask(gateway, CHAT, AUTO).status == 200
+        assert 4 < time.monotonic() - started < 9
+
+
+def test_an_image_and_a_tier_are_told_to_auto() -> None:
+    with FakeCopilot() as fake, gateway_for(fake, 'auto_tier = "intelligence"') as gateway:
+        fake.auto_models = [default_models()[0]]
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+        words = [{"type": "text", "text": "see"}, image]
+        assert ask(gateway, CHAT, AUTO, words).status == 200
+        told = {"prompt": "see", "has_image": True, "tier": "intelligence"}
+        assert auto_calls(fake)[0].body == told
+        assert fake.violations == []
+
+
+# ---- the model list ------------------------------------------------------------------------------
+
+
+def test_flags_that_hide_every_chat_model_hide_none() -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        for row in fake.model_list:
+            if row.get("capabilities", {}).get("type") != "embeddings":
+                row["model_picker_enabled"] = False
+        names = listed(gateway)
+        assert {AUTO, GPT, "claude-opus-4.8", "text-embedding-3-small"} <= set(names)
+        assert "claude-sonnet-4" not in names  # its terms are not accepted
+
+
+def test_one_flag_that_shows_a_model_hides_the_others() -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        for row in fake.model_list:
+            row["model_picker_enabled"] = row.get("id") == GPT
+        assert {name for name in listed(gateway) if name.startswith(("gpt", "claude"))} == {GPT}

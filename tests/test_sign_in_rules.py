@@ -384,8 +384,8 @@ def test_a_direct_token_goes_to_the_host_of_its_account() -> None:
 )
 def test_how_a_token_is_shown(token: str, host: str, shown: str) -> None:
     held = gw.CopilotToken(token, f"https://{host}", NOW, 3600.0)
-    identity = gw.copilot_identity(held, gw.CopilotConfig(), "s", "m", "d")
-    assert identity["Authorization"] == f"{shown} {token}"
+    headers = gw.copilot_headers(held, gw.CopilotConfig(), ("s", "m", "d"), "i", "r")
+    assert headers["Authorization"] == f"{shown} {token}"
 
 
 def test_a_refused_exchange() -> None:
