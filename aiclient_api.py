@@ -436,6 +436,12 @@ MAX_METRIC_SERIES = 200
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
+# As of when built-in facts are: EDITOR_VERSION and the API versions; COPILOT_FAMILIES, AUTO_PATHS;
+# KIRO_VERSION; KIRO_KNOWN_MODELS and KIRO_VENDORS.
+BUILT_IN_FACTS = {
+    "copilot_versions": "2026-11", "copilot_models": "2026-11",
+    "kiro_version": "2026-09", "kiro_models": "2026-11",
+}  # fmt: skip
 
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
@@ -628,8 +634,9 @@ class RetryDecision:
 
     `action` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
     than a backoff), retry_once (back off, but only once), refresh (the token), relist (the models),
-    reroute (to another dialect or host), repair (the body, by what was rejected), forget (replayed
-    reasoning), cool_down.
+    reroute (to another dialect or host), reshape (as another client would send it), repair (the
+    body, by what was rejected), forget (replayed reasoning), switch (the Authorization scheme),
+    choose (Auto's model), cool_down.
     """
 
     error: ApiError
@@ -6162,6 +6169,8 @@ KIRO_FAULTS = (
     Fault(r"Invalid token|User is not authorized", Forbidden,
         "Kiro does not allow this with the account's profile and region", "reroute"),
     Fault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+", InvalidRequest, "Kiro refused an image or document"),
+    Fault(r"\bREQUEST_BODY_INVALID\b", InvalidRequest,
+        "Kiro refused the format of the conversation", "reshape"),
     Fault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation", InvalidRequest,
         "Kiro refused the format of the conversation"),
     Fault(r"UnknownOperation|[Uu]nknown operation", UpstreamError,
@@ -9132,15 +9141,19 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
         remaining = limit * percent_left / 100
     elif remaining is None and (credits_used := number("credits_used")) is not None:
         remaining = limit - credits_used
+    # Business seats billed by tokens have no limit, but their use is counted (2026-11).
+    used = number("credits_used") if limit == math.inf else None
     own_billing = read_flag(row.get("token_based_billing"))
     by_tokens = by_tokens if own_billing is None else own_billing
     unit = ALLOWANCE_UNITS.get(name, "")
-    if name == "premium_interactions" and by_tokens is not None:
+    if by_tokens and used is not None:
+        unit = "credits"
+    elif name == "premium_interactions" and by_tokens is not None:
         # GitHub counts credits since June 2026, premium requests still in some contracts.
         unit = "credits" if by_tokens else "premium requests"
     return Allowance(
         name,
-        None if remaining is None or limit is None else max(0.0, limit - remaining),
+        used if remaining is None or limit is None else max(0.0, limit - remaining),
         limit,
         None if remaining is None else max(0.0, remaining),
         unit,
@@ -9220,8 +9233,10 @@ def apply_quota_headers(known: Quota | None, headers: dict[str, str], now: float
         if row is None:
             continue
         allowance, previous = read_allowance(name, row), allowances.get(name)
-        if allowance is None:  # no longer part of the plan
-            allowances.pop(name, None)
+        has_use = previous is not None and previous.limit == math.inf and previous.used is not None
+        if allowance is None:  # no longer part of the plan, or without a limit
+            if not has_use:
+                allowances.pop(name, None)
             continue
         if WINDOW_PREFIX + name not in headers:
             plan_resets_at = max(plan_resets_at, allowance.resets_at)
@@ -9230,6 +9245,7 @@ def apply_quota_headers(known: Quota | None, headers: dict[str, str], now: float
             allowance.unit = allowance.unit or previous.unit
             allowance.resets_at = allowance.resets_at or previous_resets_at
             allowance.overage_limit = previous.overage_limit
+            allowance.used = previous.used if allowance.used is None else allowance.used
         if previous is not None or len(allowances) < MAX_ALLOWANCES:
             allowances[name] = allowance
     rows, resets_at = list(allowances.values()), plan_resets_at or known.resets_at
@@ -9642,15 +9658,20 @@ def summarize_kiro_body(body: Json) -> str:
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 KIRO_VENDORS = {
     "auto": "Kiro", "claude": "Anthropic", "deepseek": "DeepSeek", "glm": "Zhipu AI",
-    "gpt": "OpenAI", "minimax": "MiniMax", "qwen3": "Alibaba",
+    "gpt": "OpenAI", "kimi": "Moonshot AI", "minimax": "MiniMax", "qwen3": "Alibaba",
 }  # fmt: skip
-# The models of 2026-08 (id, input window, output limit), if the list cannot be fetched.
+# The models of 2026-11 (id, input window, output limit), if the list cannot be fetched.
 KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
     ("auto", 200_000, None),  # nominal: it routes to several models
     ("claude-sonnet-4.6", 1_000_000, 64_000), ("claude-sonnet-4.5", 200_000, 64_000),
     ("claude-sonnet-4", 200_000, 64_000), ("claude-opus-4.8", 1_000_000, 128_000),
     ("claude-opus-4.6", 1_000_000, 64_000), ("claude-opus-4.5", 200_000, 64_000),
     ("claude-haiku-4.5", 200_000, 64_000),
+    # Their limits were not seen yet: those of the model before.
+    ("claude-opus-5.5", 1_000_000, 128_000), ("claude-sonnet-5.5", 1_000_000, 64_000),
+    ("claude-haiku-5.5", 200_000, 64_000), ("gpt-5.6-sol", 272_000, 128_000),
+    ("gpt-5.6-terra", 272_000, 128_000), ("gpt-5.6-luna", 200_000, 128_000),
+    ("kimi-k3", 200_000, None),
 )  # fmt: skip
 
 
@@ -13358,7 +13379,10 @@ class QuotaWatch:
             self.task = None
 
     def update(self, quota: Quota) -> Quota:
-        self.is_complete = True
+        # No header tells the use of an allowance without a limit.
+        self.is_complete = all(
+            row.used is None or row.limit != math.inf for row in quota.allowances
+        )
         self.polled_at = time.monotonic()
         self.close()
         self.store(quota)
@@ -14500,9 +14524,11 @@ class KiroAttempt(Attempt[KiroLogin]):
 
     def __init__(self, provider: KiroProvider, call: Call, token: KiroLogin) -> None:
         super().__init__(provider, call, token)
-        endpoints = kiro_endpoints(token, provider.config)
+        endpoints, winner = kiro_endpoints(token, provider.config), provider.winner
         #: those left to try, the one that worked last first
-        self.endpoints = sorted(endpoints, key=lambda endpoint: endpoint != provider.winner)
+        if winner and {winner._replace(shape=shape) for shape in KIRO_PATHS} & {*endpoints}:
+            endpoints = list(dict.fromkeys((winner, *endpoints)))
+        self.endpoints = endpoints
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
         self.conversation = session[0].lower() if session else hash_uuid(key)
@@ -14573,7 +14599,8 @@ class KiroAttempt(Attempt[KiroLogin]):
 
     def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
-        if type(decision.error) is not InvalidRequest or decision.action:
+        is_form = type(decision.error) is InvalidRequest and decision.action in ("", "reshape")
+        if not is_form:
             return decision
         call, window = self.call, self.call.model.max_prompt
         tokens = int(estimate_value(call.body))
@@ -14633,6 +14660,12 @@ class KiroAttempt(Attempt[KiroLogin]):
             raise decision.error
         self.endpoints = endpoints
 
+    async def change_shape(self, decision: RetryDecision) -> None:
+        """The other client's shape: hosts differ in the ones that they accept (2026-09)."""
+        endpoint, *others = self.endpoints
+        shape = next(name for name in KIRO_PATHS if name != endpoint.shape)
+        self.endpoints = [endpoint._replace(shape=shape), *others]
+
     async def forget_thinking(self, decision: RetryDecision) -> None:
         if not strip_kiro_thinking(self.call.body):
             raise decision.error
@@ -14643,6 +14676,7 @@ class KiroAttempt(Attempt[KiroLogin]):
         "empty": (1, Attempt.pause),
         "refresh": (math.inf, renew),  # as long as there are endpoints
         "reroute": (math.inf, next_endpoint),
+        "reshape": (1, change_shape),
         "forget": (1, forget_thinking),
     }
 
@@ -16170,7 +16204,8 @@ function meter(name, share, words) {
 }
 
 function allowance(one) {
-  if (one.unlimited) return meter(one.name, null, "unlimited");
+  const used = typeof one.used === "number" ? `${plain(one.used)} ${one.unit ?? ""} used, ` : "";
+  if (one.unlimited) return meter(one.name, null, `${used}unlimited`);
   const share = typeof one.percent_used === "number" ? one.percent_used / 100 : null;
   const more = one.overage_used ? `, ${plain(one.overage_used)} beyond it` : "";
   const words = `${plain(one.remaining)} of ${plain(one.limit)} left${more}`;
@@ -17777,6 +17812,7 @@ class Daemon:
             "config_file": self.paths.config_file,
             "log_file": self.launch.log_file or None,
             "log_lines_dropped": self.log_file.dropped if self.log_file else 0,
+            "built_in_facts": BUILT_IN_FACTS,
             "usage_rows_waiting": self.ledger.count_waiting(),
             "usage_rows_lost": self.ledger.store.lost,
             "providers": [
@@ -18240,6 +18276,7 @@ def print_status(status: Json) -> None:
         f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}",
         f"config       {status['config_file']}",
         f"log          {status['log_file'] or 'standard error'}",
+        f"facts        built in, of {max(BUILT_IN_FACTS.values())}",
     )
     if status["log_lines_dropped"]:
         tell(f"             {status['log_lines_dropped']} lines could not be written")
@@ -18404,7 +18441,8 @@ def format_remaining(row: Json) -> str:
     """`1,210.4 of 1,500 credits`, as much as is known."""
     unit = f" {row['unit']}" if row["unit"] else ""
     if row["unlimited"]:
-        return "no limit"
+        used = "" if row["used"] is None else f"{format_number(row['used'])}{unit} used, "
+        return f"{used}no limit"
     if row["remaining"] is None:
         return "-" if row["limit"] is None else f"? of {format_number(row['limit'])}{unit}"
     of = "" if row["limit"] is None else f" of {format_number(row['limit'])}"

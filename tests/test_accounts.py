@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from fakes import Answer, FakeCopilot, Seen, auto_model, default_models, dump, plain
+from fake_kiro import CA_FILE, FakeKiro
+from fakes import Answer, FakeCopilot, Seen, auto_model, default_models, dump, plain, seat_user
 from support import Gateway, Reply
+
+import aiclient_api as gw
 
 Json = dict[str, Any]
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
@@ -363,6 +366,38 @@ def test_an_image_and_a_tier_are_told_to_auto() -> None:
         assert fake.violations == []
 
 
+# ---- plans without a denominator -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bucket", [None, "-1", "0"], ids=["no headers", "unlimited", "empty"])
+def test_a_seat_billed_by_tokens_shows_what_it_used(bucket: str | None) -> None:
+    with FakeCopilot() as fake, gateway_for(fake) as gateway:
+        fake.user = seat_user()
+        name = "x-quota-snapshot-premium_interactions"
+        figures = f"ent={bucket}&ov=0.0&ovPerm=false&rem=100.0&rst=2026-12-01T00%3A00%3A00Z"
+        fake.quota_headers = {name: figures} if bucket else {}
+        for _ in range(2):
+            rows = gateway.control("quota")["providers"]["copilot"]["allowances"]
+            [row] = [row for row in rows if row["name"] == "premium_interactions"]
+            assert (row["used"], row["limit"], row["unit"]) == (289.6, None, "credits")
+            assert row["unlimited"] and row["percent_used"] is None
+            assert ask(gateway, CHAT, GPT).status == 200
+            known = gateway.request("GET", "/v1/usage").json()["quota"]["copilot"]["allowances"]
+            assert [row["used"] for row in known if row["name"] == "premium_interactions"] == [
+                289.6
+            ]
+        assert fake.violations == []
+
+
+def test_what_was_used_is_shown_where_there_is_no_limit() -> None:
+    [row] = [
+        row
+        for row in gw.read_copilot_quota(seat_user()).as_json()["allowances"]
+        if row["name"] == "premium_interactions"
+    ]
+    assert gw.format_remaining(row) == "289.6 credits used, no limit"
+
+
 # ---- the model list ------------------------------------------------------------------------------
 
 
@@ -381,3 +416,49 @@ def test_one_flag_that_shows_a_model_hides_the_others() -> None:
         for row in fake.model_list:
             row["model_picker_enabled"] = row.get("id") == GPT
         assert {name for name in listed(gateway) if name.startswith(("gpt", "claude"))} == {GPT}
+
+
+# ---- Kiro and what is built in -------------------------------------------------------------------
+
+
+@ALL
+@pytest.mark.parametrize("kind", ["google", "builder_id", "api_key"])
+@pytest.mark.parametrize("shape", ["ide", "cli"])
+def test_a_shape_that_kiro_refuses_is_changed_once_and_remembered(
+    path: str, kind: str, shape: str
+) -> None:
+    with FakeKiro(kind) as fake:
+        names = ("api_url", "management_url", "oidc_url", "auth_url")
+        urls = "".join(f'{name} = "{fake.url}"\n' for name in names)
+        fake.refused_shapes, fake.needs_arn = {shape}, False
+        config = f'[providers.kiro]\ntype = "kiro"\n{urls}'
+        with Gateway(config, {"kiro": fake.token_file()}) as gateway:
+            for _ in range(3):
+                assert ask(gateway, path, "kiro/claude-sonnet-4.5").status == 200
+            tried = ["ide" if seen.path != "/" else "cli" for seen in fake.calls]
+            other = {"ide": "cli", "cli": "ide"}[shape]
+            assert tried in ([other] * 3, [shape, *[other] * 3])
+            fake.refused_shapes = {"ide", "cli"}
+            before = len(fake.calls)
+            assert ask(gateway, path, "kiro/claude-sonnet-4.5").status == 400
+            assert len(fake.calls) == before + 2
+
+
+def test_a_region_that_lists_no_profiles_is_passed_over() -> None:
+    refusal = dump({"__type": "AccessDeniedException", "message": "not here"})
+    with FakeKiro("idc", region="eu-central-1") as fake:
+        fake.profiles_answers.append(Answer(403, {}, refusal, chunked=False))
+        config = (
+            f'[providers.kiro]\ntype = "kiro"\n[network]\nproxy = "{fake.proxy_url}"\n'
+            f'ca_file = "{CA_FILE}"\n'
+        )
+        with Gateway(config, {"kiro": fake.token_file(region=None)}) as gateway:
+            assert ask(gateway, CHAT, "kiro/claude-sonnet-4.5").status == 200
+            held = json.loads((gateway.config_folder / "kiro" / "token.json").read_text())
+            assert held["profile_arn"] == fake.profiles[0]["arn"]
+
+
+def test_status_tells_of_when_the_built_in_facts_are() -> None:
+    with Gateway() as gateway:
+        facts = gateway.control("status")["built_in_facts"]
+        assert facts["copilot_versions"] == facts["kiro_models"] == "2026-11"
