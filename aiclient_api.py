@@ -436,12 +436,8 @@ MAX_METRIC_SERIES = 200
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
-# As of when built-in facts are: EDITOR_VERSION and the API versions; COPILOT_FAMILIES, AUTO_PATHS;
-# KIRO_VERSION; KIRO_KNOWN_MODELS and KIRO_VENDORS.
-BUILT_IN_FACTS = {
-    "copilot_versions": "2026-11", "copilot_models": "2026-11",
-    "kiro_version": "2026-09", "kiro_models": "2026-11",
-}  # fmt: skip
+# As of when the versions, hosts and models of the tables below were seen.
+BUILT_IN_FACTS = {"copilot": "2026-11", "kiro": "2026-11", "kiro_version": "2026-09"}
 
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
@@ -7200,11 +7196,6 @@ HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 
 
-def is_enabled(entry: Json) -> bool:
-    """Whether the account may use a model of the catalogue; without a policy it may."""
-    return bool(get_dict(entry, "policy").get("state", "enabled") == "enabled")
-
-
 def read_copilot_model(entry: Json, provider: str) -> Model | None:
     """One catalogue entry; None if it is not a chat or embeddings model."""
     model_id = entry.get("id")
@@ -7241,7 +7232,7 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         budget=(min_budget, max_budget) if max_budget else None,
         stops=0 if REASONING_GPT.match(model_id) else None,
         streaming=supports.get("streaming", True) is not False,
-        listed=is_picked and is_enabled(entry),
+        listed=is_picked and get_dict(entry, "policy").get("state", "enabled") == "enabled",
         headers={
             key.lower(): value
             for key, value in headers
@@ -7261,11 +7252,10 @@ def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
         model = read_copilot_model(entry, provider) if isinstance(entry, dict) else None
         if model is not None:
             models.setdefault(model.id, model)
-    chat_models = [model for model in models.values() if not model.embeds]
-    if not any(model.listed for model in chat_models):
+    if not any(model.listed and not model.embeds for model in models.values()):
         # The flags of some Individual, Free and Student plans are all false (2026-11).
-        for model in chat_models:
-            model.listed = is_enabled(model.raw)
+        for model in models.values():
+            model.listed = get_dict(model.raw, "policy").get("state", "enabled") == "enabled"
     return models
 
 
@@ -7325,12 +7315,10 @@ def guess_copilot_model(model_id: str, provider: str) -> Model:
 AUTO_MODEL = "auto"
 AUTO_UNNAMED = "/chat/completions"
 AUTO_PATHS = {"/auto": "2026-08-01", "/models/session": "2026-06-01", AUTO_UNNAMED: ""}
-AUTO_GATED = (403, 404, 405, 410, 501)  # this account or service does not have the path
 SESSION_HEADER = "copilot-session-token"
-SESSION_REFUSED = re.compile(r"(?i)session[ _-]?token|auto[ _-]?mode|invalid session")
-MODEL_DEMANDED = re.compile(
-    r"(?i)model_not_supported|requested model|missing.{0,40}\bmodel\b"
-    r"|\bmodel\b.{0,40}(?:required|missing|empty|must)"
+# The choice is no longer valid, or a request without a model is not understood.
+AUTO_REFUSED = re.compile(
+    r"(?i)session|missing.{0,40}\bmodel\b|\bmodel\b.{0,40}(?:required|missing|empty|must)"
 )
 NAMED_MODEL = re.compile(rb'"model": ?"([\w.:/-]{1,128})"')
 
@@ -7442,12 +7430,12 @@ DIRECT_TOKENS = ("gho_", "github_pat_", "ghs_")
 PROGRAM_TOKENS = ("github_pat_", "ghs_")
 # Where a token may be sent: a token response naming any other host is refused.
 COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
-# The editor's three values are a set from a real build (seen in Floway, 2026-09; accepted like any
-# other NAME/VERSION in 2026-11).  When GitHub retires an API version it responds with 466.  The
-# newest, 2026-08-01, is sent only where it is demanded: public clients use 2026-06-01 (2026-11).
-EDITOR_VERSION = "vscode/1.124.2"
-EDITOR_PLUGIN_VERSION = "copilot-chat/0.52.0"
-COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
+# The editor's three values are a set from a real build (seen in a public client, 2026-11, when any
+# NAME/VERSION was accepted).  When GitHub retires an API version it responds with 466.  The newest,
+# 2026-08-01, is sent only where it is demanded: public clients still use 2026-06-01 (2026-11).
+EDITOR_VERSION = "vscode/1.134.0"
+EDITOR_PLUGIN_VERSION = "copilot-chat/0.62.0"
+COPILOT_USER_AGENT = "GitHubCopilotChat/0.62.0"
 COPILOT_API_VERSION = "2026-06-01"
 GITHUB_API_VERSION = "2025-04-01"
 COPILOT_INTEGRATION_ID = "vscode-chat"
@@ -9233,9 +9221,8 @@ def apply_quota_headers(known: Quota | None, headers: dict[str, str], now: float
         if row is None:
             continue
         allowance, previous = read_allowance(name, row), allowances.get(name)
-        has_use = previous is not None and previous.limit == math.inf and previous.used is not None
-        if allowance is None:  # no longer part of the plan, or without a limit
-            if not has_use:
+        if allowance is None:  # no longer part of the plan, unless it has no limit to tell
+            if not (previous and previous.limit == math.inf and previous.used):
                 allowances.pop(name, None)
             continue
         if WINDOW_PREFIX + name not in headers:
@@ -13380,9 +13367,7 @@ class QuotaWatch:
 
     def update(self, quota: Quota) -> Quota:
         # No header tells the use of an allowance without a limit.
-        self.is_complete = all(
-            row.used is None or row.limit != math.inf for row in quota.allowances
-        )
+        self.is_complete = not any(row.limit == math.inf and row.used for row in quota.allowances)
         self.polled_at = time.monotonic()
         self.close()
         self.store(quota)
@@ -14185,10 +14170,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
         )
         provider.quota_watch.on_error(decision.error)
         if call.model.auto and response.status in (400, 401, 403, 404, 422):
-            reason = " ".join(read_error_response(response.status, refusal[2])[::-1])
-            is_unnamed = call.model.id == AUTO_MODEL
-            pattern = MODEL_DEMANDED if is_unnamed else SESSION_REFUSED
-            if pattern.search(reason) or decision.action == "relist":
+            words = " ".join(read_error_response(response.status, refusal[2]))
+            if decision.action == "relist" or AUTO_REFUSED.search(words):
                 decision.action = "choose"
         return decision
 
@@ -14224,7 +14207,11 @@ class CopilotAttempt(Attempt[CopilotToken]):
         await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
 
     async def choose_again(self, decision: RetryDecision) -> None:
-        self.provider.forget_choice(self.call.model)
+        provider, model = self.provider, self.call.model
+        if model.id == AUTO_MODEL:
+            provider.rule_out(AUTO_UNNAMED)
+        for key in [key for key, (choice, _) in provider.choices.items() if choice is model]:
+            del provider.choices[key]
         raise WrongDialect(decision.error.message, hint=decision.error.hint, param="model")
 
     async def change_dialect(self, decision: RetryDecision) -> None:
@@ -14250,7 +14237,6 @@ class CopilotAttempt(Attempt[CopilotToken]):
 
 class CopilotProvider(AccountProvider[CopilotToken]):
     config: CopilotConfig
-    account: CopilotAccount
     account_class = CopilotAccount
     attempt_class = CopilotAttempt
 
@@ -14300,6 +14286,8 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             except ApiError as error:
                 failure = error
                 log_event("info", "auto_failed", provider=self.name, path=path, reason=error)
+                if isinstance(error, (ModelNotFound, Forbidden)):  # gated off for this account
+                    self.rule_out(path)
                 continue
             left_s = max(read_time(body.get("expires_at")) - time.time(), 0.0)
             margin_s = min(COPILOT_REFRESH_MARGIN_SECONDS, COPILOT_REFRESH_MARGIN_SHARE * left_s)
@@ -14309,33 +14297,28 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             return chosen
         if failure is not None and self.auto_paths:
             raise failure
-        hint = "Name a model; GET /v1/models lists them."
-        raise ModelNotFound(
-            "Copilot does not offer Auto to this account.", hint=hint, param="model"
+        message, hint = (
+            "Copilot does not offer Auto to this account.",
+            "GET /v1/models lists models.",
         )
+        raise ModelNotFound(message, hint=hint, param="model")
 
     async def ask_auto(self, path: str, model: Model, prompt: str, has_image: bool) -> Json:
-        payload, status = auto_payload(path, prompt, has_image, self.config.auto_tier), 0
+        payload = auto_payload(path, prompt, has_image, self.config.auto_tier)
         data = dump_json(payload)
 
         async def send(token: CopilotToken) -> Json | RetryDecision:
-            nonlocal status
-            headers = self.headers(token, "model-access")
+            url, headers = token.api_url + path, self.headers(token, "model-access")
             headers["Content-Type"] = "application/json"
             headers["X-GitHub-Api-Version"] = AUTO_PATHS[path]
-            reply = await self.client.fetch(
-                "POST", token.api_url + path, headers, AUTO_SECONDS, data
-            )
-            status = reply[0]
-            body = load_object(reply[2]) if status == 200 else None
+            reply = await self.client.fetch("POST", url, headers, AUTO_SECONDS, data)
+            body = load_object(reply[2]) if reply[0] == 200 else None
             return body or classify_copilot_error(*reply, model, payload, {}, time.time())
 
         result = await self.ask(send)
-        if not isinstance(result, RetryDecision):
-            return result
-        if status in AUTO_GATED and not isinstance(result.error, NotSignedIn):
-            self.rule_out(path)
-        raise result.error
+        if isinstance(result, RetryDecision):
+            raise result.error
+        return result
 
     def rule_out(self, path: str) -> None:
         """This account lacks a way to ask for Auto, and without any it lacks the model."""
@@ -14343,12 +14326,6 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             self.auto_paths.remove(path)
         if not self.auto_paths:
             self.catalogue.models.pop(AUTO_MODEL, None)
-
-    def forget_choice(self, refused: Model) -> None:
-        if refused.id == AUTO_MODEL:
-            self.rule_out(AUTO_UNNAMED)
-        for key in [key for key, (model, _) in self.choices.items() if model is refused]:
-            del self.choices[key]
 
     async def fetch_models(self) -> dict[str, Model]:
         async def send(token: CopilotToken) -> Json | RetryDecision:
@@ -14358,14 +14335,12 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         if isinstance(body, RetryDecision):
             raise body.error
         models = read_copilot_models(body, self.name)
-        models.pop(AUTO_MODEL, None)
-        if not self.auto_paths:
-            return models
-        auto = Model(AUTO_MODEL, self.name, name="Auto", vendor="GitHub", auto=True)
-        chat_models = (model for model in models.values() if not model.embeds)
-        is_picked = any(model.raw.get("model_picker_enabled", True) for model in chat_models)
+        model = Model(AUTO_MODEL, self.name, name="Auto", vendor="GitHub", auto=True)
+        auto = {AUTO_MODEL: model} if self.auto_paths else {}
+        raws = (model.raw for model in models.values() if not model.embeds)
+        has_choice = any(raw.get("model_picker_enabled", True) for raw in raws)
         # Where nothing may be picked, it is the first that a client sees.
-        return {**models, auto.id: auto} if is_picked else {auto.id: auto, **models}
+        return models | auto if has_choice else auto | models | auto
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
@@ -14599,8 +14574,7 @@ class KiroAttempt(Attempt[KiroLogin]):
 
     def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
-        is_form = type(decision.error) is InvalidRequest and decision.action in ("", "reshape")
-        if not is_form:
+        if type(decision.error) is not InvalidRequest or decision.action not in ("", "reshape"):
             return decision
         call, window = self.call, self.call.model.max_prompt
         tokens = int(estimate_value(call.body))
@@ -15207,14 +15181,10 @@ async def offer_environment_token(console: Console) -> str:
     """A token for programs in the environment, which is used without asking if nobody can reply."""
     for name in TOKEN_VARIABLES:
         token = os.environ.get(name, "").strip()
-        if not token.startswith(PROGRAM_TOKENS):
-            continue
-        question = f"Use the token in {name}, the way that GitHub documents for programs?"
-        if not console.interactive:
-            console.say(f"Using the token in {name}.")
-        elif not await console.confirm(question):
-            continue
-        return clean_token(token)
+        if token.startswith(PROGRAM_TOKENS):
+            console.say(f"{name} holds a token of the kind that GitHub documents for programs.")
+            if not console.interactive or await console.confirm("Use it?"):
+                return clean_token(token)
     return ""
 
 
@@ -16988,11 +16958,8 @@ class Gateway:
             chosen = model
             if model.auto:
                 key = "\0".join((self.label(request), request_info.session, request_info.opening))
-                has_image = client_dialect.has_image(body)
-                with advising(provider):
-                    chosen = await provider.choose_model(
-                        model, short_hash(key, 32), last_user_text(body), has_image
-                    )
+                facts = (short_hash(key, 32), last_user_text(body), client_dialect.has_image(body))
+                chosen = await provider.choose_model(model, *facts)
             try:
                 return await self.exchange(
                     request, client_dialect, body, request_info, provider, chosen, hold_s

@@ -2881,7 +2881,7 @@ class FakeCopilot(FakeService):
             name, ends = self._sessions.get(token, ("", 0.0))
             if not name:
                 raise plain(401, "unauthorized: unknown session token")
-            if ends <= time.time():
+            if ends < time.time() - 1:
                 raise plain(401, "unauthorized: session token expired", "")
             if name != body.get("model"):
                 raise plain(400, f"the session token is for {name}, not {body.get('model')}")

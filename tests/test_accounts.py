@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 from fake_kiro import CA_FILE, FakeKiro
-from fakes import Answer, FakeCopilot, Seen, auto_model, default_models, dump, plain, seat_user
+from fakes import (
+    Answer,
+    FakeCopilot,
+    Seen,
+    auto_model,
+    capi,
+    default_models,
+    dump,
+    plain,
+    seat_user,
+)
 from support import Gateway, Reply
 
 import aiclient_api as gw
@@ -255,17 +265,21 @@ def test_every_conversation_has_its_own_choice_and_the_oldest_is_forgotten() -> 
         assert fake.violations == []
 
 
-@pytest.mark.parametrize("refused", [False, True], ids=["expired", "refused"])
+NO_SESSION = capi(400, "the choice is void", "invalid_session").answer()
+
+
+@pytest.mark.parametrize("how", ["expired", "refused", "odd"])
 @ALL
-def test_a_choice_that_ended_is_made_anew(path: str, refused: bool) -> None:
+def test_a_choice_that_ended_is_made_anew(path: str, how: str) -> None:
     with FakeCopilot() as fake, gateway_for(fake) as gateway:
-        fake.session_life = 86_400 if refused else 1
+        fake.session_life = 0 if how == "expired" else 86_400
         assert ask(gateway, path, AUTO).status == 200
-        if refused:
+        fake.session_life = 86_400
+        if how == "refused":
             fake.end_sessions()
             fake.auto_models = [default_models()[0]]
-        else:
-            time.sleep(1)
+        elif how == "odd":
+            fake.queue(NO_SESSION)
         reply = ask(gateway, path, AUTO, stream=True)
         assert reply.status == 200
         assert reply.headers["x-aiclient-model"] == fake.auto_models[0]["id"]
@@ -461,4 +475,4 @@ def test_a_region_that_lists_no_profiles_is_passed_over() -> None:
 def test_status_tells_of_when_the_built_in_facts_are() -> None:
     with Gateway() as gateway:
         facts = gateway.control("status")["built_in_facts"]
-        assert facts["copilot_versions"] == facts["kiro_models"] == "2026-11"
+        assert facts["copilot"] == facts["kiro"] == "2026-11"
