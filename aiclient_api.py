@@ -7483,8 +7483,9 @@ def copilot_headers(
 
 def exchange_headers(github_token: str) -> Json:
     """The headers of a token exchange; without the editor headers GitHub responds with 403."""
+    scheme = "Bearer" if github_token.startswith(PROGRAM_TOKENS) else "token"
     return {
-        "Authorization": f"token {github_token}",
+        "Authorization": f"{scheme} {github_token}",
         "Accept": "application/json",
         "X-GitHub-Api-Version": GITHUB_API_VERSION,
         **EDITOR_HEADERS,
@@ -14039,7 +14040,8 @@ class CopilotAccount(Account[CopilotToken]):
         try:
             github_token = clean_token(get_str(content, "github_token"))
         except SignInFailed:
-            raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
+            where = COPILOT_TOKEN_VARIABLE if self.file.given else self.file.path
+            raise NotSignedIn(f"{where} holds no github_token.") from None
         if github_token != self.refresh_secret:
             if self.refresh_secret:
                 self.provider.forget_account()
@@ -18852,8 +18854,9 @@ NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", acti
     example="auth copilot --name work --github-host acme.ghe.com",
 )
 def cmd_auth_copilot(app: App) -> None:
-    """Signs in to GitHub Copilot in a browser on any machine, or with a token from standard input.
+    """Signs in to GitHub Copilot in a browser on any machine, or with a token.
 
+    A token for programs in COPILOT_GITHUB_TOKEN, GH_TOKEN or GITHUB_TOKEN is offered first.
     A running gateway picks up the sign-in with the next request.
     """
     options = app.options

@@ -89,9 +89,10 @@ def test_a_token_for_programs_is_used_as_it_is(token: str) -> None:
         embedded = {"model": "text-embedding-3-small", "input": "x"}
         assert gateway.request("POST", "/v1/embeddings", embedded).status == 200
         assert fake.exchanges == 0
-        sent = [seen for seen in fake.requests if seen.path != "/copilot_internal/user"]
+        sent = fake.requests
         assert {seen.headers["authorization"] for seen in sent} == {f"Bearer {token}"}
-        ids = {seen.headers["copilot-integration-id"] for seen in sent}
+        called = [seen for seen in sent if seen.path != "/copilot_internal/user"]
+        ids = {seen.headers["copilot-integration-id"] for seen in called}
         assert ids == {"copilot-developer-cli"}
         assert fake.violations == []
 
@@ -177,6 +178,13 @@ def test_a_token_in_the_environment_needs_no_sign_in(token: str) -> None:
             assert "provider copilot: not" not in gateway.stdout()
             assert not (gateway.config_folder / "copilot").exists()
         assert fake.violations == []
+
+
+def test_a_variable_that_holds_no_token_is_named() -> None:
+    env = {"AICLIENT_COPILOT_TOKEN": "two words"}
+    with FakeCopilot() as fake, gateway_for(fake, env=env) as gateway:
+        reply = ask(gateway, CHAT, f"copilot/{GPT}")
+        assert "AICLIENT_COPILOT_TOKEN holds no" in message(reply)
 
 
 # ---- Auto ----------------------------------------------------------------------------------------
