@@ -7330,8 +7330,8 @@ def auto_payload(path: str, prompt: str, has_image: bool, tier: str) -> Json:
     return {"prompt": prompt, **options, **({"tier": tier} if tier else {})}
 
 
-def read_auto_choice(body: Json, models: dict[str, Model], provider: str) -> Model | None:
-    """The chosen model, whose requests carry the session token; None if the response names none.
+def read_auto_choice(body: Json, models: dict[str, Model], provider: str) -> Model:
+    """The chosen model, whose requests carry the session token; raises UpstreamError.
 
     `selected_model` is an entry of a catalogue, but only its id is certain, or, in the older
     response, an id.  The catalogue may lack the model.
@@ -7345,7 +7345,7 @@ def read_auto_choice(body: Json, models: dict[str, Model], provider: str) -> Mod
     entry.setdefault("supported_endpoints", [DIALECT_PATHS[name] for name in guess.dialects])
     model = models.get(guess.id) or read_copilot_model({"vendor": guess.vendor, **entry}, provider)
     if model is None:
-        return None
+        raise UpstreamError("Copilot's Auto names no model.")
     token = get_token(body, "session_token")
     session = {SESSION_HEADER: token} if token else {}
     return replace(model, auto=True, headers={**model.headers, **session})
@@ -14204,7 +14204,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
         self.without_reasoning = True
 
     async def await_list(self, decision: RetryDecision) -> None:
-        if self.call.model.guessed:
+        model = self.call.model  # plans with nothing but Auto have no model to pick
+        if model.guessed or model.raw.get("model_picker_enabled") is False:
             raise decision.error
         await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
 
@@ -14283,8 +14284,6 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             try:
                 body = await self.ask_auto(path, model, prompt[:AUTO_PROMPT_CHARS], has_image)
                 chosen = read_auto_choice(body, self.catalogue.models, self.name)
-                if chosen is None:
-                    raise UpstreamError("Copilot's Auto has named no model.")
             except ApiError as error:
                 failure = error
                 log_event("info", "auto_failed", provider=self.name, path=path, reason=error)

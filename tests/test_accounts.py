@@ -366,6 +366,7 @@ def test_a_plan_that_has_only_auto_says_so(path: str) -> None:
         reply = ask(gateway, path, "copilot/gpt-5.2")
         assert reply.status == 404
         assert AUTO in message(reply)
+        assert len(fake.calls) == 1
 
 
 def test_auto_hangs_for_five_seconds_at_most() -> None:
