@@ -8770,8 +8770,9 @@ def request_note(headers: Headers, service: str, name: str) -> str:
 
 
 COPILOT_FAULTS = (
-    Fault(r"(?is)^40[01] .*authorization.{0,40}(?:badly|incorrectly|invalid|malformed)",
-          NotSignedIn, "Copilot refused the token: {message}.", "switch"),
+    Fault(r"(?is)^40[01] .*\b(?:authorization\b.{0,40}(?:format|malformed|invalid|scheme)"
+          r"|(?:malformed|invalid|unsupported) (?:\w+ )?authorization)", NotSignedIn,
+          "Copilot refused the token: {message}.", "switch"),
     Fault(r"(?is)^400 .*Personal Access Tokens? (?:is|are) not supported", Forbidden,
           "Copilot refused this kind of token: {message}.", "",
           "Set the provider's integration_id to an id that GitHub allows for such tokens."),
@@ -13460,10 +13461,8 @@ class Provider:
         """A model that the catalogue does not list but that may still exist."""
         return None
 
-    async def choose_model(
-        self, model: Model, conversation: str, prompt: str, has_image: bool
-    ) -> Model:
-        """What a model with `auto` stands for in this conversation.  Raises ApiError."""
+    async def choose_model(self, model: Model, key: str, prompt: str, has_image: bool) -> Model:
+        """What a model with `auto` stands for in the conversation of this key; raises ApiError."""
         return model
 
     async def open(self, call: Call) -> BodyStream:
@@ -14269,13 +14268,11 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         guess = guess_copilot_model(model_id, self.name)
         return replace(guess, auto=True) if model_id == AUTO_MODEL else guess
 
-    async def choose_model(
-        self, model: Model, conversation: str, prompt: str, has_image: bool
-    ) -> Model:
+    async def choose_model(self, model: Model, key: str, prompt: str, has_image: bool) -> Model:
         """The model that Auto has chosen for the conversation, or chooses now."""
-        choice, expires_at = self.choices.pop(conversation, (model, 0.0))
+        choice, expires_at = self.choices.pop(key, (model, 0.0))
         if time.monotonic() < expires_at:
-            self.choices[conversation] = choice, expires_at
+            self.choices[key] = choice, expires_at
             return choice
         failure: ApiError | None = None
         for path in list(self.auto_paths):
@@ -14292,7 +14289,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
                 continue
             left_s = max(read_time(body.get("expires_at")) - time.time(), 0.0)
             margin_s = min(COPILOT_REFRESH_MARGIN_SECONDS, COPILOT_REFRESH_MARGIN_SHARE * left_s)
-            self.choices[conversation] = chosen, time.monotonic() + left_s - margin_s
+            self.choices[key] = chosen, time.monotonic() + left_s - margin_s
             if len(self.choices) > MAX_AUTO_CHOICES:
                 self.choices.popitem(last=False)
             return chosen
@@ -14338,10 +14335,9 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         models = read_copilot_models(body, self.name)
         model = Model(AUTO_MODEL, self.name, name="Auto", vendor="GitHub", auto=True)
         auto = {AUTO_MODEL: model} if self.auto_paths else {}
-        raws = (model.raw for model in models.values() if not model.embeds)
-        has_choice = any(raw.get("model_picker_enabled", True) for raw in raws)
+        flags = (m.raw.get("model_picker_enabled", True) for m in models.values() if not m.embeds)
         # Where nothing may be picked, it is the first that a client sees.
-        return models | auto if has_choice else auto | models | auto
+        return models | auto if any(flags) else auto | models | auto
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
@@ -17781,6 +17777,7 @@ class Daemon:
             "log_file": self.launch.log_file or None,
             "log_lines_dropped": self.log_file.dropped if self.log_file else 0,
             "built_in_facts": BUILT_IN_FACTS,
+            "quota": quotas(self.gateway.providers),
             "usage_rows_waiting": self.ledger.count_waiting(),
             "usage_rows_lost": self.ledger.store.lost,
             "providers": [
@@ -18255,6 +18252,9 @@ def print_status(status: Json) -> None:
             tell(f"{row['name']}: {row['reason']}")
         for cooldown in row["cooldowns"]:
             tell(f"{row['name']}: {format_cooldown(cooldown)}")
+        for allowance in status["quota"].get(row["name"], {}).get("allowances", ()):
+            if allowance["unlimited"] and allowance["used"]:
+                tell(f"{row['name']}: {allowance['name']}: {format_remaining(allowance)}")
     for text in status["warnings"]:
         tell(f"warning: {text}")
 

@@ -133,10 +133,12 @@ def test_a_scheme_that_is_refused_is_switched_once(token: str, scheme: str, path
 def test_both_schemes_refused_is_an_error() -> None:
     with FakeCopilot(github_token=PAT) as fake, gateway_for(fake) as gateway:
         assert ask(gateway, CHAT, GPT).status == 200
-        for status in (400, 401):
-            text = "Authorization header is badly formatted"
+        for status, text in (
+            (400, "Authorization header is badly formatted"),
+            (401, "malformed Authorization header"),
+        ):
             for _ in range(2):
-                fake.queue(plain(status, text).answer())
+                fake.queue(Answer(status, {}, text.encode(), chunked=False, strict=False))
             assert text in message(ask(gateway, CHAT, GPT))
         assert len(fake.calls) == 5
 
@@ -409,6 +411,7 @@ def test_a_seat_billed_by_tokens_shows_what_it_used(bucket: str | None) -> None:
             assert [row["used"] for row in known if row["name"] == "premium_interactions"] == [
                 289.6
             ]
+            assert gateway.control("status")["quota"]["copilot"]["allowances"] == known
         assert fake.violations == []
 
 
