@@ -325,6 +325,10 @@ MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
 MODELS_STALE_SECONDS = 24 * 3600.0  # an entitled model may be missing from one list
 MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
+AUTO_SECONDS = 5.0  # for Auto's choice of a model, as in VS Code
+MAX_AUTO_CHOICES = 50  # conversations, as in VS Code
+AUTO_PROMPT_CHARS = 32_768
+AUTO_PEEK_BYTES = 4096  # of a response, searched for the name of its model
 MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
 MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
@@ -453,12 +457,8 @@ MAX_METRIC_SERIES = 200
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
-# As of when the tables of facts are that age: for EDITOR_VERSION and the API versions, and for
-# KIRO_KNOWN_MODELS and KIRO_VENDORS.
-BUILT_IN_FACTS = {
-    "copilot_versions": "2026-11", "copilot_models": "2026-11",
-    "kiro_version": "2026-09", "kiro_models": "2026-08",
-}  # fmt: skip
+# As of when the versions, hosts and models of the tables below were seen.
+BUILT_IN_FACTS = {"copilot": "2026-11", "kiro": "2026-11", "kiro_version": "2026-09"}
 MAX_FACTS_MONTHS = 6
 
 
@@ -697,8 +697,9 @@ class RetryDecision:
 
     `action` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
     than a backoff), retry_once (back off, but only once), refresh (the token), relist (the models),
-    reroute (to another dialect or host), repair (the body, by what was rejected), forget (replayed
-    reasoning), cool_down.
+    reroute (to another dialect or host), reshape (as another client would send it), repair (the
+    body, by what was rejected), forget (replayed reasoning), switch (the Authorization scheme),
+    choose (Auto's model), cool_down.
     """
 
     error: ApiError
@@ -1118,6 +1119,7 @@ KIRO_ARN = re.compile(
     r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
 )
 KIRO_VERSION_FORM = re.compile(r"[0-9A-Za-z.-]{1,40}")
+HEADER_WORD = re.compile(r"[0-9A-Za-z._-]{0,60}")
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
@@ -1265,6 +1267,10 @@ class CopilotConfig:
     github_url: str = url(GITHUB_URL)
     github_api_url: str = url(GITHUB_API_URL)
     api_url: str = url()  #: "" = endpoints.api of the token response
+    #: Copilot-Integration-Id; "" = the editor's, or for tokens for programs the Copilot CLI's
+    integration_id: str = setting("", matching(HEADER_WORD, "a word like copilot-developer-cli"))
+    #: of the model `auto`; "" = the service's default
+    auto_tier: str = setting("", matching(HEADER_WORD, "a word like balance"))
 
 
 @dataclass(slots=True)
@@ -2495,6 +2501,7 @@ class Model:
     headers: dict[str, str] = field(default_factory=dict)  #: to send upstream with this model
     guessed: bool = False  #: not in the upstream's list, only named by the client
     embeds: bool = False  #: an embedding model
+    auto: bool = False  #: stands for, or is, the service's choice for a conversation
     raw: Json = field(default_factory=dict)
 
 
@@ -3350,6 +3357,15 @@ def has_image(value: Any) -> bool:
         return False
     nested = (value.get(key) for key in ("content", "output", "source"))
     return value.get("type") in IMAGE_PARTS or any(map(has_image, nested))
+
+
+def last_user_text(body: Json) -> str:
+    """What the user said last, in any dialect; tool results and images are no text."""
+    turns = body.get("messages", body.get("input"))
+    if isinstance(turns, str):
+        return turns
+    users = (turn for turn in reversed(turns or ()) if turn.get("role") == "user")
+    return next(filter(None, (text_of(turn.get("content")) for turn in users)), "")
 
 
 CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
@@ -6652,6 +6668,8 @@ KIRO_FAULTS = (
     Fault(r"Invalid token|User is not authorized", Forbidden,
         "Kiro does not allow this with the account's profile and region", "reroute"),
     Fault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+", InvalidRequest, "Kiro refused an image or document"),
+    Fault(r"\bREQUEST_BODY_INVALID\b", InvalidRequest,
+        "Kiro refused the format of the conversation", "reshape"),
     Fault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation", InvalidRequest,
         "Kiro refused the format of the conversation"),
     Fault(r"UnknownOperation|[Uu]nknown operation", UpstreamError,
@@ -7613,6 +7631,11 @@ class StreamTranslator:
         else:
             self.relay = client.relay(context)
 
+    def rename_model(self, model_id: str) -> None:
+        """To be called before the first byte of the response."""
+        self.context.model = model_id
+        self.__post_init__()
+
     @property
     def is_finished(self) -> bool:
         return self.error is not None or self.relay.finished
@@ -7843,6 +7866,10 @@ def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
         model = read_copilot_model(entry, provider) if isinstance(entry, dict) else None
         if model is not None:
             models.setdefault(model.id, model)
+    if not any(model.listed and not model.embeds for model in models.values()):
+        # The flags of some Individual, Free and Student plans are all false (2026-11).
+        for model in models.values():
+            model.listed = get_dict(model.raw, "policy").get("state", "enabled") == "enabled"
     return models
 
 
@@ -7877,13 +7904,65 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
     return round(min(max(total / batch_size * unit, 0.0), MAX_FIGURE))
 
 
+# The families of 2026-11: vendor and dialects of models that the catalogue does not describe.
+COPILOT_FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (r"claude-", "Anthropic", ("messages", "chat")),
+    (r"gpt-(?:5\.[4-9]|6)", "OpenAI", ("responses",)),
+    (r"grok-4\.[5-9]", "xAI", ("responses",)),
+    (r"mai-", "Microsoft", ("responses",)),
+    (r"gemini-", "Google", ("chat",)), (r"kimi-", "Moonshot AI", ("chat",)),
+    (r"", "", ("chat",)),
+)  # fmt: skip
+
+
 def guess_copilot_model(model_id: str, provider: str) -> Model:
     """A model missing from the catalogue, which fluctuates: an exact name is still tried."""
-    is_claude = model_id.startswith("claude")
-    dialects = ("messages", "chat") if is_claude else ("chat",)
-    vendor = "Anthropic" if is_claude else ""
+    families = (row[1:] for row in COPILOT_FAMILIES if re.match(row[0], model_id))
+    vendor, dialects = next(families)
     stops = 0 if REASONING_GPT.match(model_id) else None
     return Model(model_id, provider, dialects, vendor=vendor, stops=stops, guessed=True)
+
+
+# Auto: the service chooses a model for each conversation; Free and Student plans have nothing else.
+# The ways to ask for it and their API versions, best first: VS Code's (its public source, 2026-12),
+# its older one, and a chat request without a model (reported in 2026-11).
+AUTO_MODEL = "auto"
+AUTO_UNNAMED = "/chat/completions"
+AUTO_PATHS = {"/auto": "2026-08-01", "/models/session": "2026-06-01", AUTO_UNNAMED: ""}
+SESSION_HEADER = "copilot-session-token"
+# The choice is no longer valid, or a request without a model is not understood.
+AUTO_REFUSED = re.compile(
+    r"(?i)session|missing.{0,40}\bmodel\b|\bmodel\b.{0,40}(?:required|missing|empty|must)"
+)
+NAMED_MODEL = re.compile(rb'"model": ?"([\w.:/-]{1,128})"')
+
+
+def auto_payload(path: str, prompt: str, has_image: bool, tier: str) -> Json:
+    if path != "/auto":
+        return {"auto_mode": {"model_hints": [AUTO_MODEL]}}
+    options: Json = {"has_image": True} if has_image else {}
+    return {"prompt": prompt, **options, **({"tier": tier} if tier else {})}
+
+
+def read_auto_choice(body: Json, models: dict[str, Model], provider: str) -> Model:
+    """The chosen model, whose requests carry the session token; raises UpstreamError.
+
+    `selected_model` is an entry of a catalogue, but only its id is certain, or, in the older
+    response, an id.  The catalogue may lack the model.
+    """
+    selected, offered = body.get("selected_model"), body.get("available_models")
+    if not isinstance(selected, dict):
+        ids = [selected, *(offered if isinstance(offered, list) else ())]
+        selected = {"id": next(filter(None, ids), None)}
+    entry = {key: value for key, value in selected.items() if value}
+    guess = guess_copilot_model(str(entry.get("id")), provider)
+    entry.setdefault("supported_endpoints", [DIALECT_PATHS[name] for name in guess.dialects])
+    model = models.get(guess.id) or read_copilot_model({"vendor": guess.vendor, **entry}, provider)
+    if model is None:
+        raise UpstreamError("Copilot's Auto names no model.")
+    token = get_token(body, "session_token")
+    session = {SESSION_HEADER: token} if token else {}
+    return replace(model, auto=True, headers={**model.headers, **session})
 
 
 # How Anthropic's clients ask for a million tokens; Copilot lists separate models for that.
@@ -7984,16 +8063,21 @@ COPILOT_HOSTS = {
 COPILOT_ANY_HOST = "https://api.githubcopilot.com"
 # GitHub tokens that Copilot accepts directly (Copilot CLI and SDK, opencode, 2026-08).
 DIRECT_TOKENS = ("gho_", "github_pat_", "ghs_")
+# Fine-grained and server tokens, which GitHub documents for programs: the exchange answers 403.
+PROGRAM_TOKENS = ("github_pat_", "ghs_")
 # Where a token may be sent: a token response naming any other host is refused.
 COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
-# The four version values are a set from a real editor build (seen in Floway, 2026-09).  When GitHub
-# retires them it responds with 466.
-EDITOR_VERSION = "vscode/1.124.2"
-EDITOR_PLUGIN_VERSION = "copilot-chat/0.52.0"
-COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
+# The editor's three values are a set from a real build (seen in a public client, 2026-11, when any
+# NAME/VERSION was accepted).  When GitHub retires an API version it responds with 466.  The newest,
+# 2026-08-01, is sent only where it is demanded: public clients still use 2026-06-01 (2026-11).
+EDITOR_VERSION = "vscode/1.134.0"
+EDITOR_PLUGIN_VERSION = "copilot-chat/0.62.0"
+COPILOT_USER_AGENT = "GitHubCopilotChat/0.62.0"
 COPILOT_API_VERSION = "2026-06-01"
 GITHUB_API_VERSION = "2025-04-01"
 COPILOT_INTEGRATION_ID = "vscode-chat"
+# With the editor's id tokens for programs are refused (public clients, 2026-11).
+PROGRAM_INTEGRATION_ID = "copilot-developer-cli"
 
 
 EDITOR_HEADERS = {
@@ -8005,31 +8089,40 @@ EDITOR_HEADERS = {
 }
 
 
-def copilot_authorization(token: str, host: str) -> str:
-    """The Authorization value: the plan-specific hosts want the `token` scheme for a GitHub token.
+def copilot_scheme(token: str, host: str) -> str:
+    """The Authorization scheme to try first: plan hosts want `token` for an OAuth app's token.
 
     Otherwise they respond "Authorization header is badly formatted" (gh-aw-firewall, 2026-08).
     """
-    is_direct = token.startswith(DIRECT_TOKENS) and f"https://{host}" != COPILOT_ANY_HOST
-    return f"token {token}" if is_direct else f"Bearer {token}"
+    has_plan = f"https://{host}" != COPILOT_ANY_HOST and not host.endswith(".ghe.com")
+    return "token" if token.startswith("gho_") and has_plan else "Bearer"
 
 
-def copilot_identity(authorization: str, session_id: str, machine_id: str, device_id: str) -> Json:
+def copilot_headers(
+    token: CopilotToken, config: CopilotConfig, ids: Iterable[str], intent: str, request_id: str
+) -> dict[str, str]:
+    """`ids`: of the session, the machine and the device."""
+    is_program = token.access_token.startswith(PROGRAM_TOKENS)
+    own_id = PROGRAM_INTEGRATION_ID if is_program else COPILOT_INTEGRATION_ID
     return {
-        "Authorization": authorization,
-        "Copilot-Integration-Id": COPILOT_INTEGRATION_ID,
+        "Authorization": f"{token.scheme} {token.access_token}",
+        "Accept": "application/json",
+        "Copilot-Integration-Id": config.integration_id or own_id,
         "X-GitHub-Api-Version": COPILOT_API_VERSION,
         **EDITOR_HEADERS,
-        "VScode-SessionId": session_id,
-        "VScode-MachineId": machine_id,
-        "Editor-Device-Id": device_id,
+        **dict(zip(("VScode-SessionId", "VScode-MachineId", "Editor-Device-Id"), ids, strict=True)),
+        "OpenAI-Intent": intent,
+        "X-Interaction-Type": intent,
+        "X-Request-Id": request_id,
+        "X-Agent-Task-Id": request_id,
     }
 
 
 def exchange_headers(github_token: str) -> Json:
     """The headers of a token exchange; without the editor headers GitHub responds with 403."""
+    scheme = "Bearer" if github_token.startswith(PROGRAM_TOKENS) else "token"
     return {
-        "Authorization": f"token {github_token}",
+        "Authorization": f"{scheme} {github_token}",
         "Accept": "application/json",
         "X-GitHub-Api-Version": GITHUB_API_VERSION,
         **EDITOR_HEADERS,
@@ -9313,8 +9406,15 @@ def request_note(headers: Headers, service: str, name: str) -> str:
 
 
 COPILOT_FAULTS = (
+    Fault(r"(?is)^40[01] .*\b(?:authorization\b.{0,40}(?:format|malformed|invalid|scheme)"
+          r"|(?:malformed|invalid|unsupported) (?:\w+ )?authorization)", NotSignedIn,
+          "Copilot refused the token: {message}.", "switch"),
+    Fault(r"(?is)^400 .*Personal Access Tokens? (?:is|are) not supported", Forbidden,
+          "Copilot refused this kind of token: {message}.", "",
+          "Set the provider's integration_id to an id that GitHub allows for such tokens."),
     Fault(r"(?s)^(?:401|403|421) .*Personal Access Token", NotSignedIn,
-          "Copilot refused the token: {message}."),
+          "Copilot refused the token: {message}.", "",
+          "It needs the permission Copilot Requests: github.com/settings/personal-access-tokens"),
     Fault(r"^401 ", NotSignedIn, "Copilot refused the token.{tail}", "refresh"),
     Fault(r"^(?:403|421) [^:]*: \Z", Forbidden,
           "Copilot does not allow this: {status}{tail}.", "refresh"),
@@ -9334,7 +9434,8 @@ COPILOT_FAULTS = (
           "wait"),
     Fault(r"^(?!400 )", UpstreamError, "Copilot responded with status {status}: {message}{tail}"),
     Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
-          "Copilot does not offer {model} to this account.", "relist",
+          "Copilot does not offer {model} to this account; use {auto}, which is all that Free and "
+          "Student plans have.", "relist",
           "It may need to be enabled at github.com/settings/copilot.", "model"),
     Fault(r"(?i)^400 (?:unsupported_api_for_model:|[^:]*: (?:The requested )?model "
           r'"?[\w.:/-]{1,200}"? is not accessible via the /)', InvalidRequest,
@@ -9370,8 +9471,8 @@ def classify_copilot_error(
     if status in (401, 403, 421) and b'"authorize_url"' in data:  # for a third-party agent
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
     param = get_text(get_dict(load_object(data) or {}, "error"), "param")[:MAX_CODE_TEXT]
-    facts = {"model": model.id, "tail": tail, "param": param}
-    decision = classify(COPILOT_FAULTS, status, code, message, **facts)
+    facts = {"model": model.id, "auto": f"{model.provider}/{AUTO_MODEL}", "tail": tail}
+    decision = classify(COPILOT_FAULTS, status, code, message, param=param, **facts)
     is_plain_400 = status == 400 and type(decision.error) is InvalidRequest
     if is_plain_400 and decision.action in ("", "forget"):
         decision.rejections = read_rejections(message, code, sent, rejections)
@@ -9507,6 +9608,16 @@ class CopilotToken:
     api_url: str
     expires_at: float  #: Unix seconds
     refresh_in: float  #: seconds from now until it should be refreshed
+    scheme: str = ""  #: of the Authorization field
+
+    def __post_init__(self) -> None:
+        host = urllib.parse.urlsplit(self.api_url).netloc
+        self.scheme = self.scheme or copilot_scheme(self.access_token, host)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is the GitHub token itself."""
+        return self.access_token.startswith(DIRECT_TOKENS)
 
     @property
     def margin_s(self) -> float:
@@ -9658,15 +9769,19 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
         remaining = limit * percent_left / 100
     elif remaining is None and (credits_used := number("credits_used")) is not None:
         remaining = limit - credits_used
+    # Business seats billed by tokens have no limit, but their use is counted (2026-11).
+    used = number("credits_used") if limit == math.inf else None
     own_billing = read_flag(row.get("token_based_billing"))
     by_tokens = by_tokens if own_billing is None else own_billing
     unit = ALLOWANCE_UNITS.get(name, "")
-    if name == "premium_interactions" and by_tokens is not None:
+    if by_tokens and used is not None:
+        unit = "credits"
+    elif name == "premium_interactions" and by_tokens is not None:
         # GitHub counts credits since June 2026, premium requests still in some contracts.
         unit = "credits" if by_tokens else "premium requests"
     return Allowance(
         name,
-        None if remaining is None or limit is None else max(0.0, limit - remaining),
+        used if remaining is None or limit is None else max(0.0, limit - remaining),
         limit,
         None if remaining is None else max(0.0, remaining),
         unit,
@@ -9746,8 +9861,9 @@ def apply_quota_headers(known: Quota | None, headers: dict[str, str], now: float
         if row is None:
             continue
         allowance, previous = read_allowance(name, row), allowances.get(name)
-        if allowance is None:  # no longer part of the plan
-            allowances.pop(name, None)
+        if allowance is None:  # no longer part of the plan, unless it has no limit to tell
+            if not (previous and previous.limit == math.inf and previous.used):
+                allowances.pop(name, None)
             continue
         if WINDOW_PREFIX + name not in headers:
             plan_resets_at = max(plan_resets_at, allowance.resets_at)
@@ -9756,6 +9872,7 @@ def apply_quota_headers(known: Quota | None, headers: dict[str, str], now: float
             allowance.unit = allowance.unit or previous.unit
             allowance.resets_at = allowance.resets_at or previous_resets_at
             allowance.overage_limit = previous.overage_limit
+            allowance.used = previous.used if allowance.used is None else allowance.used
         if previous is not None or len(allowances) < MAX_ALLOWANCES:
             allowances[name] = allowance
     rows, resets_at = list(allowances.values()), plan_resets_at or known.resets_at
@@ -10168,15 +10285,20 @@ def summarize_kiro_body(body: Json) -> str:
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 KIRO_VENDORS = {
     "auto": "Kiro", "claude": "Anthropic", "deepseek": "DeepSeek", "glm": "Zhipu AI",
-    "gpt": "OpenAI", "minimax": "MiniMax", "qwen3": "Alibaba",
+    "gpt": "OpenAI", "kimi": "Moonshot AI", "minimax": "MiniMax", "qwen3": "Alibaba",
 }  # fmt: skip
-# The models of 2026-08 (id, input window, output limit), if the list cannot be fetched.
+# The models of 2026-11 (id, input window, output limit), if the list cannot be fetched.
 KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
     ("auto", 200_000, None),  # nominal: it routes to several models
     ("claude-sonnet-4.6", 1_000_000, 64_000), ("claude-sonnet-4.5", 200_000, 64_000),
     ("claude-sonnet-4", 200_000, 64_000), ("claude-opus-4.8", 1_000_000, 128_000),
     ("claude-opus-4.6", 1_000_000, 64_000), ("claude-opus-4.5", 200_000, 64_000),
     ("claude-haiku-4.5", 200_000, 64_000),
+    # Their limits were not seen yet: those of the model before.
+    ("claude-opus-5.5", 1_000_000, 128_000), ("claude-sonnet-5.5", 1_000_000, 64_000),
+    ("claude-haiku-5.5", 200_000, 64_000), ("gpt-5.6-sol", 272_000, 128_000),
+    ("gpt-5.6-terra", 272_000, 128_000), ("gpt-5.6-luna", 200_000, 128_000),
+    ("kimi-k3", 200_000, None),
 )  # fmt: skip
 
 
@@ -10597,6 +10719,8 @@ class Router:
         if not provider:
             lists = {owner: catalogues.get(owner, {}) for owner in self.enabled}
             owners = {owner: models[name] for owner, models in lists.items() if name in models}
+            if len(owners) > 1:  # Copilot's Auto goes by its full name
+                owners = {owner: model for owner, model in owners.items() if not model.auto}
             if not owners:
                 found = ((owner, find_model(name, models)) for owner, models in lists.items())
                 owners = {owner: model for owner, model in found if model}
@@ -13130,12 +13254,17 @@ def lock_file(path: str) -> int | None:
                 os.close(fd)
 
 
+# A GitHub token for the provider `copilot`, instead of a stored sign-in.
+COPILOT_TOKEN_VARIABLE = "AICLIENT_COPILOT_TOKEN"
+
+
 @dataclass(eq=False)
 class TokenFile:
     """A provider's sign-in on disk; other processes may change it at any time."""
 
     path: str
     identity: tuple[int, ...] = ()  #: `file_identity` as of the last read or write
+    given: str = ""  #: a GitHub token instead of the file's: nothing is read or written
     user: str = ""  #: the account's name, as of the last read
     refused: bool = False  #: by the service, as of the last read
     #: changes not written yet: they must not be lost, as a rotated token is issued only once
@@ -13152,6 +13281,9 @@ class TokenFile:
         is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
         """
         path = os.path.join(os.path.dirname(self.path), "token.lock")
+        if self.given:
+            yield path
+            return
         path = self.path if is_in_place(self.path) else path
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
@@ -13180,6 +13312,8 @@ class TokenFile:
 
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
+        if self.given:
+            return {"github_token": self.given, "login": f"({COPILOT_TOKEN_VARIABLE})"}
         content = load_private_json(self.path)
         if content is None:
             return None
@@ -13205,8 +13339,8 @@ class TokenFile:
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
-        if self.identity and not file_identity(self.path):
-            self.unsaved = {}  # revoked meanwhile
+        if self.given or (self.identity and not file_identity(self.path)):
+            self.unsaved = {}  # or revoked meanwhile
             return
         try:
             content = load_private_json(self.path, quarantines=True) or {}
@@ -13239,6 +13373,11 @@ class TokenFile:
         for path in paths:
             remove_file(path)
         return paths
+
+
+def copilot_token_file(paths: Paths, name: str) -> TokenFile:
+    token = os.environ.get(COPILOT_TOKEN_VARIABLE, "").strip() if name == "copilot" else ""
+    return TokenFile(paths.token_file(name), given=token)
 
 
 def random_uuid() -> str:
@@ -14036,7 +14175,8 @@ class QuotaWatch:
             self.task = None
 
     def update(self, quota: Quota) -> Quota:
-        self.is_complete = True
+        # No header tells the use of an allowance without a limit.
+        self.is_complete = not any(row.limit == math.inf and row.used for row in quota.allowances)
         self.polled_at = time.monotonic()
         self.close()
         self.store(quota)
@@ -14127,6 +14267,10 @@ class Provider:
     def guess(self, model_id: str) -> Model | None:
         """A model that the catalogue does not list but that may still exist."""
         return None
+
+    async def choose_model(self, model: Model, key: str, prompt: str, has_image: bool) -> Model:
+        """What a model with `auto` stands for in the conversation of this key; raises ApiError."""
+        return model
 
     async def open(self, call: Call) -> BodyStream:
         """A successful upstream response; retries are the provider's.  Raises ApiError."""
@@ -14258,7 +14402,7 @@ class Account(Generic[Token]):
         assert token is not None
         return token
 
-    async def renew(self, refused: Token) -> Token | None:
+    async def renew(self, refused: Token, action: str = "refresh") -> Token | None:
         """A token other than `refused`; None if one was obtained only a moment ago."""
         return await self.finish(self.obtain(refused.access_token))
 
@@ -14342,8 +14486,8 @@ class AccountProvider(Provider, Generic[Token]):
         """The result of `send(token, *arguments)`; a token that is refused is renewed once."""
         token = await self.account.get()
         result = await send(token, *arguments)
-        if isinstance(result, RetryDecision) and result.action == "refresh":
-            renewed = await self.account.renew(token)
+        if isinstance(result, RetryDecision) and result.action in ("refresh", "switch"):
+            renewed = await self.account.renew(token, result.action)
             if renewed is not None:
                 return await send(renewed, *arguments)
         return result
@@ -14626,12 +14770,18 @@ async def obtain_copilot_token(
     client: HttpClient, config: CopilotConfig, github_token: str
 ) -> CopilotToken:
     """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
-    path = "/copilot_internal/v2/token"
-    status, headers, data = await ask_github(client, config, path, github_token)
-    is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
+    is_direct, status = github_token.startswith(PROGRAM_TOKENS), 404
+    if not is_direct:
+        path = "/copilot_internal/v2/token"
+        status, headers, data = await ask_github(client, config, path, github_token)
+        is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
     if is_direct:
         path = "/copilot_internal/user"
-        status, headers, data = await ask_github(client, config, path, github_token)
+        try:
+            status, headers, data = await ask_github(client, config, path, github_token)
+        except (UpstreamError, UpstreamTimeout) as error:
+            log_event("info", "account_unavailable", reason=error)
+            return direct_token(github_token, {}, config, time.time())
     body = load_object(data) if status == 200 else None
     if is_direct and status != 401:  # a fine-grained token may not ask this
         return direct_token(github_token, body or {}, config, time.time())
@@ -14643,6 +14793,24 @@ async def obtain_copilot_token(
     if body is None:
         raise UpstreamError("GitHub's token response is not JSON.")
     return read_token_response(body, config, time.time())
+
+
+async def ask_models(
+    client: HttpClient, token: CopilotToken, headers: dict[str, str]
+) -> Json | RetryDecision:
+    """The model list, or what a refusal of the token means; raises UpstreamError and the like."""
+    url = token.api_url + "/models"
+    status, _, data = await client.fetch("GET", url, headers, MODELS_SECONDS)
+    if status in (400, 401, 403, 421):
+        decision = classify(
+            COPILOT_FAULTS, status, "", read_error_response(status, data)[0], tail=""
+        )
+        if type(decision.error) is not InvalidRequest:
+            return decision
+    body = load_object(data) if status == 200 else None
+    if body is None:
+        raise UpstreamError(f"Copilot's model list came with status {status}.")
+    return body
 
 
 def saved_token(token: CopilotToken) -> Json:
@@ -14663,6 +14831,11 @@ class CopilotAccount(Account[CopilotToken]):
     service = "Copilot"
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
     refresher: asyncio.Task[None] | None = None  #: runs from the first token on
+    scheme = ""  #: the Authorization scheme of a direct token, once the other one was refused
+
+    def __init__(self, provider: CopilotProvider, paths: Paths) -> None:
+        super().__init__(provider, paths)
+        self.file = copilot_token_file(paths, provider.name)
 
     def load(self, *, cached: bool = False) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
@@ -14670,11 +14843,12 @@ class CopilotAccount(Account[CopilotToken]):
         try:
             github_token = clean_token(get_str(content, "github_token"))
         except SignInFailed:
-            raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
+            where = COPILOT_TOKEN_VARIABLE if self.file.given else self.file.path
+            raise NotSignedIn(f"{where} holds no github_token.") from None
         if github_token != self.refresh_secret:
             if self.refresh_secret:
                 self.provider.forget_account()
-            self.refresh_secret, self.cached = github_token, None
+            self.refresh_secret, self.cached, self.scheme = github_token, None, ""
         token, url = content.get("copilot_token"), content.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
             return None
@@ -14703,7 +14877,16 @@ class CopilotAccount(Account[CopilotToken]):
     def use(self, token: CopilotToken) -> CopilotToken:
         if self.refresher is None or self.refresher.done():
             self.refresher = asyncio.get_running_loop().create_task(self.refresh_in_background())
+        if self.scheme and token.is_direct:
+            token.scheme = self.scheme
         return super().use(token)
+
+    async def renew(self, refused: CopilotToken, action: str = "refresh") -> CopilotToken | None:
+        """With the action `switch` the same token in the other scheme, which is kept."""
+        if action != "switch" or not refused.is_direct:
+            return await super().renew(refused)
+        self.scheme = "Bearer" if refused.scheme == "token" else "token"
+        return self.use(replace(refused, scheme=self.scheme))
 
     async def refresh_in_background(self) -> None:
         """Renews the token shortly before it is due, while it is in use."""
@@ -14750,6 +14933,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
         elif call.dialect == "chat" and not is_openai(model):
             provider.reasoning.attach(draft.body)
         call.dropped[:] = list(dict.fromkeys([*self.initial_dropped, *draft.dropped]))
+        if model.id == AUTO_MODEL:
+            del draft.body["model"]
         return draft.body
 
     async def send(self) -> UpstreamResponse:
@@ -14791,10 +14976,15 @@ class CopilotAttempt(Attempt[CopilotToken]):
             call.model.id, call.dialect, rejection_memory, time.monotonic()
         )
         provider.quota_watch.on_error(decision.error)
+        if call.model.auto and response.status in (400, 401, 403, 404, 422):
+            words = " ".join(read_error_response(response.status, refusal[2]))
+            if decision.action == "relist" or AUTO_REFUSED.search(words):
+                decision.action = "choose"
         return decision
 
     async def give_up(self, decision: RetryDecision) -> None:
-        if decision.action == "refresh" and isinstance(decision.error, NotSignedIn):
+        is_refused = decision.action == "refresh" and isinstance(decision.error, NotSignedIn)
+        if is_refused and not self.token.is_direct:
             message = "Copilot refuses the token that it has just issued."  # no new sign-in helps
             decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
         elif decision.action == "cool_down" and decision.wait_s is None:
@@ -14807,7 +14997,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
     # -- remedies
 
     async def renew(self, decision: RetryDecision) -> None:
-        renewed = await self.provider.account.renew(self.token)
+        renewed = await self.provider.account.renew(self.token, decision.action)
         if renewed is None:
             await self.give_up(decision)
             raise decision.error
@@ -14819,9 +15009,18 @@ class CopilotAttempt(Attempt[CopilotToken]):
         self.without_reasoning = True
 
     async def await_list(self, decision: RetryDecision) -> None:
-        if self.call.model.guessed:
+        model = self.call.model  # plans with nothing but Auto have no model to pick
+        if model.guessed or model.raw.get("model_picker_enabled") is False:
             raise decision.error
         await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
+
+    async def choose_again(self, decision: RetryDecision) -> None:
+        provider, model = self.provider, self.call.model
+        if model.id == AUTO_MODEL:
+            provider.rule_out(AUTO_UNNAMED)
+        for key in [key for key, (choice, _) in provider.choices.items() if choice is model]:
+            del provider.choices[key]
+        raise WrongDialect(decision.error.message, hint=decision.error.hint, param="model")
 
     async def change_dialect(self, decision: RetryDecision) -> None:
         model = self.call.model
@@ -14835,10 +15034,12 @@ class CopilotAttempt(Attempt[CopilotToken]):
         "wait": (MAX_ATTEMPTS, Attempt.pause),
         "retry_once": (1, Attempt.pause),
         "refresh": (1, renew),
+        "switch": (1, renew),
         "repair": (MAX_ATTEMPTS, None),  # `body` applies the rejections just learned
         "forget": (1, forget_reasoning),
         "relist": (MAX_ATTEMPTS, await_list),
         "reroute": (1, change_dialect),
+        "choose": (1, choose_again),
     }
 
 
@@ -14851,52 +15052,98 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         super().__init__(name, config, paths, client)
         self.machine = load_machine(paths)
         self.session_id = f"{random_uuid()}{int(time.time() * 1000)}"
-        self.identity: dict[str, str] = {}
-        self.identity_token = ""
 
     def forget_account(self) -> None:
         super().forget_account()
         self.rejection_memory = RejectionMemory()
+        self.auto_paths = list(AUTO_PATHS)  #: those that this account is not known to lack
+        #: Auto's choices by conversation, the latest used last: (model, monotonic expiry)
+        self.choices: OrderedDict[str, tuple[Model, float]] = OrderedDict()
 
     def secrets(self) -> tuple[str, ...]:
         token = self.account.cached
-        return (self.account.refresh_secret, token.access_token if token else "")
+        sessions = [model.headers.get(SESSION_HEADER, "") for model, _ in self.choices.values()]
+        return (self.account.refresh_secret, token.access_token if token else "", *sessions)
 
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
-        if token.access_token != self.identity_token:
-            authorization = copilot_authorization(token.access_token, split_url(token.api_url)[1])
-            self.identity = copilot_identity(authorization, self.session_id, *self.machine)
-            self.identity_token = token.access_token
-        request_id = random_uuid()
-        return {
-            **self.identity,
-            "OpenAI-Intent": intent,
-            "X-Interaction-Type": intent,
-            "X-Request-Id": request_id,
-            "X-Agent-Task-Id": request_id,
-        }
+        ids = (self.session_id, *self.machine)
+        return copilot_headers(token, self.config, ids, intent, random_uuid())
 
     def guess(self, model_id: str) -> Model | None:
         """Any exact name is tried, listed or not."""
-        return guess_copilot_model(model_id, self.name)
+        guess = guess_copilot_model(model_id, self.name)
+        return replace(guess, auto=True) if model_id == AUTO_MODEL else guess
+
+    async def choose_model(self, model: Model, key: str, prompt: str, has_image: bool) -> Model:
+        """The model that Auto has chosen for the conversation, or chooses now."""
+        choice, expires_at = self.choices.pop(key, (model, 0.0))
+        if time.monotonic() < expires_at:
+            self.choices[key] = choice, expires_at
+            return choice
+        failure: ApiError | None = None
+        for path in list(self.auto_paths):
+            if path == AUTO_UNNAMED:
+                return replace(model, dialects=("chat",))
+            try:
+                body = await self.ask_auto(path, model, prompt[:AUTO_PROMPT_CHARS], has_image)
+                chosen = read_auto_choice(body, self.catalogue.models, self.name)
+            except ApiError as error:
+                failure = error
+                log_event("info", "auto_failed", provider=self.name, path=path, reason=error)
+                if isinstance(error, (ModelNotFound, Forbidden)):  # gated off for this account
+                    self.rule_out(path)
+                continue
+            left_s = max(read_time(body.get("expires_at")) - time.time(), 0.0)
+            margin_s = min(COPILOT_REFRESH_MARGIN_SECONDS, COPILOT_REFRESH_MARGIN_SHARE * left_s)
+            self.choices[key] = chosen, time.monotonic() + left_s - margin_s
+            if len(self.choices) > MAX_AUTO_CHOICES:
+                self.choices.popitem(last=False)
+            return chosen
+        if failure is not None and self.auto_paths:
+            raise failure
+        message, hint = (
+            "Copilot does not offer Auto to this account.",
+            "GET /v1/models lists models.",
+        )
+        raise ModelNotFound(message, hint=hint, param="model")
+
+    async def ask_auto(self, path: str, model: Model, prompt: str, has_image: bool) -> Json:
+        payload = auto_payload(path, prompt, has_image, self.config.auto_tier)
+        data = dump_json(payload)
+
+        async def send(token: CopilotToken) -> Json | RetryDecision:
+            url, headers = token.api_url + path, self.headers(token, "model-access")
+            headers["Content-Type"] = "application/json"
+            headers["X-GitHub-Api-Version"] = AUTO_PATHS[path]
+            reply = await self.client.fetch("POST", url, headers, AUTO_SECONDS, data)
+            body = load_object(reply[2]) if reply[0] == 200 else None
+            return body or classify_copilot_error(*reply, model, payload, {}, time.time())
+
+        result = await self.ask(send)
+        if isinstance(result, RetryDecision):
+            raise result.error
+        return result
+
+    def rule_out(self, path: str) -> None:
+        """This account lacks a way to ask for Auto, and without any it lacks the model."""
+        if path in self.auto_paths:
+            self.auto_paths.remove(path)
+        if not self.auto_paths:
+            self.catalogue.models.pop(AUTO_MODEL, None)
 
     async def fetch_models(self) -> dict[str, Model]:
         async def send(token: CopilotToken) -> Json | RetryDecision:
-            headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
-            url = token.api_url + "/models"
-            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
-            if status in (401, 403, 421):
-                message, _ = read_error_response(status, data)
-                return classify(COPILOT_FAULTS, status, "", message, tail="")
-            body = load_object(data) if status == 200 else None
-            if body is None:
-                raise UpstreamError(f"Copilot's model list came with status {status}.")
-            return body
+            return await ask_models(self.client, token, self.headers(token, "model-access"))
 
         body = await self.ask(send)
         if isinstance(body, RetryDecision):
             raise body.error
-        return read_copilot_models(body, self.name)
+        models = read_copilot_models(body, self.name)
+        model = Model(AUTO_MODEL, self.name, name="Auto", vendor="GitHub", auto=True)
+        auto = {AUTO_MODEL: model} if self.auto_paths else {}
+        flags = (m.raw.get("model_picker_enabled", True) for m in models.values() if not m.embeds)
+        # Where nothing may be picked, it is the first that a client sees.
+        return models | auto if any(flags) else auto | models | auto
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
@@ -14920,7 +15167,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
 
         async def send(token: CopilotToken) -> Json | RetryDecision:
             headers = self.headers(token, "conversation-other")
-            headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+            headers["Content-Type"] = "application/json"
             url = token.api_url + "/embeddings"
             reply = await self.client.fetch("POST", url, headers, EMBEDDINGS_SECONDS, data)
             if reply[0] != 200:
@@ -14948,6 +15195,8 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         self.account.load()
         path, github_token = "/copilot_internal/user", self.account.refresh_secret
         reply = await ask_github(self.client, self.config, path, github_token)
+        if reply[0] in (403, 404) and github_token.startswith(PROGRAM_TOKENS):
+            return None  # such tokens may not ask this
         if reply[0] != 200:
             raise classify_exchange_error(*reply, time.time()).error
         body = load_object(reply[2])
@@ -15053,9 +15302,11 @@ class KiroAttempt(Attempt[KiroLogin]):
 
     def __init__(self, provider: KiroProvider, call: Call, token: KiroLogin) -> None:
         super().__init__(provider, call, token)
-        endpoints = kiro_endpoints(token, provider.config)
+        endpoints, winner = kiro_endpoints(token, provider.config), provider.winner
         #: those left to try, the one that worked last first
-        self.endpoints = sorted(endpoints, key=lambda endpoint: endpoint != provider.winner)
+        if winner and {winner._replace(shape=shape) for shape in KIRO_PATHS} & {*endpoints}:
+            endpoints = list(dict.fromkeys((winner, *endpoints)))
+        self.endpoints = endpoints
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
         self.conversation = session[0].lower() if session else hash_uuid(key)
@@ -15126,7 +15377,7 @@ class KiroAttempt(Attempt[KiroLogin]):
 
     def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
-        if type(decision.error) is not InvalidRequest or decision.action:
+        if type(decision.error) is not InvalidRequest or decision.action not in ("", "reshape"):
             return decision
         call, window = self.call, self.call.model.max_prompt
         tokens = int(estimate_value(call.body))
@@ -15186,6 +15437,12 @@ class KiroAttempt(Attempt[KiroLogin]):
             raise decision.error
         self.endpoints = endpoints
 
+    async def change_shape(self, decision: RetryDecision) -> None:
+        """The other client's shape: hosts differ in the ones that they accept (2026-09)."""
+        endpoint, *others = self.endpoints
+        shape = next(name for name in KIRO_PATHS if name != endpoint.shape)
+        self.endpoints = [endpoint._replace(shape=shape), *others]
+
     async def forget_thinking(self, decision: RetryDecision) -> None:
         if not strip_kiro_thinking(self.call.body):
             raise decision.error
@@ -15196,6 +15453,7 @@ class KiroAttempt(Attempt[KiroLogin]):
         "empty": (1, Attempt.pause),
         "refresh": (math.inf, renew),  # as long as there are endpoints
         "reroute": (math.inf, next_endpoint),
+        "reshape": (1, change_shape),
         "forget": (1, forget_thinking),
     }
 
@@ -15691,6 +15949,7 @@ class SignInContext:
 COPILOT_CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the GitHub App of the editors' plugins
 COPILOT_SCOPE = "read:user"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+TOKEN_VARIABLES = ("COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN")  # in the Copilot CLI's order
 
 
 async def sign_in_copilot(
@@ -15704,6 +15963,7 @@ async def sign_in_copilot(
     if host:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
     with context.adding_provider(name, "copilot", settings) as config:
+        token = token or await offer_environment_token(context.console)
         if not token:
             base = config.github_url.rstrip("/")
             flow = DeviceFlow(
@@ -15722,6 +15982,17 @@ async def sign_in_copilot(
     return message
 
 
+async def offer_environment_token(console: Console) -> str:
+    """A token for programs in the environment, which is used without asking if nobody can reply."""
+    for name in TOKEN_VARIABLES:
+        token = os.environ.get(name, "").strip()
+        if token.startswith(PROGRAM_TOKENS):
+            console.say(f"{name} holds a token of the kind that GitHub documents for programs.")
+            if not console.interactive or await console.confirm("Use it?"):
+                return clean_token(token)
+    return ""
+
+
 async def check_copilot(
     context: SignInContext, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
@@ -15729,8 +16000,15 @@ async def check_copilot(
     content: Json = {"type": "copilot", "github_token": token}
     trouble = ""
     try:
-        content |= saved_token(await obtain_copilot_token(context.client, config, token))
-    except NotSignedIn:
+        copilot_token = await obtain_copilot_token(context.client, config, token)
+        content |= saved_token(copilot_token)
+        if copilot_token.is_direct:  # nothing has been asked of Copilot yet
+            ids = (random_uuid(), *load_machine(context.paths))
+            headers = copilot_headers(copilot_token, config, ids, "model-access", random_uuid())
+            reply = await ask_models(context.client, copilot_token, headers)
+            if isinstance(reply, RetryDecision) and reply.action != "switch":
+                raise reply.error
+    except (NotSignedIn, Forbidden):
         raise
     except ApiError as error:
         trouble = f".  It could not be checked now; the first request will try it: {error}"
@@ -16283,7 +16561,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
 
 def account_rows(config: Config, paths: Paths) -> list[Json]:
     return [
-        account_row(name, entry, TokenFile(paths.token_file(name)))
+        account_row(name, entry, copilot_token_file(paths, name))
         for name, entry in config.providers.items()
         if isinstance(entry, (CopilotConfig, KiroConfig))
     ]
@@ -16754,7 +17032,8 @@ function meter(name, share, words) {
 }
 
 function allowance(one) {
-  if (one.unlimited) return meter(one.name, null, "unlimited");
+  const used = typeof one.used === "number" ? `${plain(one.used)} ${one.unit ?? ""} used, ` : "";
+  if (one.unlimited) return meter(one.name, null, `${used}unlimited`);
   const share = typeof one.percent_used === "number" ? one.percent_used / 100 : null;
   const more = one.overage_used ? `, ${plain(one.overage_used)} beyond it` : "";
   const words = `${plain(one.remaining)} of ${plain(one.limit)} left${more}`;
@@ -17348,12 +17627,14 @@ class Gateway:
         `raw` adds the upstream's own entry.
         """
         entries: list[tuple[str, Model]] = []
-        ids = Counter(model for models in catalogues.values() for model in models)
+        every_model = (model for models in catalogues.values() for model in models.values())
+        ids = Counter(model.id for model in every_model if not model.auto)
         for name, models in catalogues.items():
             for model in models.values():
                 if model.listed and (model.embeds or model.dialects):
                     is_ambiguous = ids[model.id] > 1 or model.id in self.router.aliases
-                    entries.append((f"{name}/{model.id}" if is_ambiguous else model.id, model))
+                    has_prefix = is_ambiguous or model.auto
+                    entries.append((f"{name}/{model.id}" if has_prefix else model.id, model))
         for alias in self.router.aliases:
             target = self.resolve_name(alias, catalogues)
             entries += [(alias, target)] if target else []
@@ -17542,16 +17823,26 @@ class Gateway:
         now = time.monotonic
         hold_deadline = now() + HOLD_LIST_SECONDS
 
-        async def attempt(provider: Provider, model: Model) -> Response:
+        async def attempt(provider: Provider, model: Model, is_last: bool = False) -> Response:
             hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
-            exchange = functools.partial(
-                self.exchange, request, client_dialect, body, request_info, provider, model, hold_s
-            )
+            chosen = model
+            if model.auto:
+                key = "\0".join((self.label(request), request_info.session, request_info.opening))
+                facts = (
+                    short_hash(key, 32),
+                    last_user_text(body),
+                    has_image(body.get("messages", body.get("input"))),
+                )
+                chosen = await provider.choose_model(model, *facts)
             try:
-                return await exchange()
+                return await self.exchange(
+                    request, client_dialect, body, request_info, provider, chosen, hold_s
+                )
             except WrongDialect:
-                # The provider has just ruled that dialect out; another one is tried, once.
-                return await exchange()
+                # The provider has just ruled that dialect, or that choice, out: asked again, once.
+                if is_last:
+                    raise
+            return await attempt(provider, model, is_last=True)
 
         name = request_info.model
         response = await self.first_response(request, name, routes, body_hash, attempt)
@@ -17578,7 +17869,7 @@ class Gateway:
         context = ResponseContext(
             id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
-            model=request_info.model,
+            model=model.id if model.auto else request_info.model,
             include_usage=request_info.include_usage or not request_info.stream,
             request_body=body,
             store_reasoning=provider.reasoning.store,
@@ -17679,6 +17970,8 @@ class Exchange:
             self.source = await self.provider.open(self.call)
         piece = await self.source.read_some()
         self.first_byte_at = asyncio.get_running_loop().time()
+        if self.call.model.id == AUTO_MODEL and self.call.model.auto:
+            piece = await self.name_model(piece)
         if piece.lstrip()[:1] == b"{":
             return await self.open_buffered(piece)
         translator = self.translator
@@ -17687,6 +17980,19 @@ class Exchange:
             piece = await self.source.read_some()
             data += translator.feed(piece) if piece else translator.end()
         return data
+
+    async def name_model(self, piece: bytes) -> bytes:
+        """Reads until the response tells which model Auto has chosen; returns what was read."""
+        assert self.source is not None
+        while not (named := NAMED_MODEL.search(piece)) and len(piece) < AUTO_PEEK_BYTES:
+            more = await self.source.read_some()
+            if not more:
+                return piece
+            piece += more
+        if named:
+            self.call.model = replace(self.call.model, id=named[1].decode())
+            self.translator.rename_model(self.call.model.id)
+        return piece
 
     async def open_buffered(self, first: bytes) -> bytes:
         """For an upstream that sends one JSON object instead of a stream."""
@@ -18374,6 +18680,8 @@ class Daemon:
             "config_file": self.paths.config_file,
             "log_file": self.launch.log_file or None,
             "log_lines_dropped": self.log_file.dropped if self.log_file else 0,
+            "built_in_facts": BUILT_IN_FACTS,
+            "quota": quotas(self.gateway.providers),
             "usage_rows_waiting": self.ledger.count_waiting(),
             "usage_rows_lost": self.ledger.store.lost,
             "providers": [
@@ -18837,6 +19145,7 @@ def print_status(status: Json) -> None:
         f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}",
         f"config       {status['config_file']}",
         f"log          {status['log_file'] or 'standard error'}",
+        f"facts        built in, of {max(BUILT_IN_FACTS.values())}",
     )
     if status["log_lines_dropped"]:
         tell(f"             {status['log_lines_dropped']} lines could not be written")
@@ -18847,6 +19156,9 @@ def print_status(status: Json) -> None:
             tell(f"{row['name']}: {row['reason']}")
         for cooldown in row["cooldowns"]:
             tell(f"{row['name']}: {format_cooldown(cooldown)}")
+        for allowance in status["quota"].get(row["name"], {}).get("allowances", ()):
+            if allowance["unlimited"] and allowance["used"]:
+                tell(f"{row['name']}: {allowance['name']}: {format_remaining(allowance)}")
     for text in status["warnings"]:
         tell(f"warning: {text}")
 
@@ -19001,7 +19313,8 @@ def format_remaining(row: Json) -> str:
     """`1,210.4 of 1,500 credits`, as much as is known."""
     unit = f" {row['unit']}" if row["unit"] else ""
     if row["unlimited"]:
-        return "no limit"
+        used = "" if row["used"] is None else f"{format_number(row['used'])}{unit} used, "
+        return f"{used}no limit"
     if row["remaining"] is None:
         return "-" if row["limit"] is None else f"? of {format_number(row['limit'])}{unit}"
     of = "" if row["limit"] is None else f" of {format_number(row['limit'])}"
@@ -19485,8 +19798,9 @@ NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", acti
     example="auth copilot --name work --github-host acme.ghe.com",
 )
 def cmd_auth_copilot(app: App) -> None:
-    """Signs in to GitHub Copilot in a browser on any machine, or with a token from standard input.
+    """Signs in to GitHub Copilot in a browser on any machine, or with a token.
 
+    A token for programs in COPILOT_GITHUB_TOKEN, GH_TOKEN or GITHUB_TOKEN is offered first.
     A running gateway picks up the sign-in with the next request.
     """
     options = app.options

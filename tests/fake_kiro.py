@@ -503,6 +503,8 @@ class FakeKiro(FakeService):
         self.refuses_arn: bool | None = None
         #: Shapes of the model call that are served; others answer like an unknown operation.
         self.shapes = {"ide", "cli"}
+        #: Shapes whose body is refused (reported of the path-style one, 2026-09).
+        self.refused_shapes: set[str] = set()
         #: Host names that the proxy cannot reach; tunnels that are already open answer 503.
         self.dead_hosts: set[str] = set()
         self.suspended = False
@@ -1085,6 +1087,10 @@ class FakeKiro(FakeService):
     def _generate(self, seen: Seen, plane: str) -> Answer:
         if plane not in self.shapes:
             raise unknown_operation("")
+        if plane in self.refused_shapes:
+            refusal = improper("a shape that is refused", "REQUEST_BODY_INVALID")
+            refusal.note = ""
+            raise refusal
         prepared = self._take(self._queue, lambda: self._check_call(seen, plane))
         answer = prepared or self._imitate(seen, plane)
         body = b"".join(answer.pieces())

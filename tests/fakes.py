@@ -608,6 +608,9 @@ _SECRETS = _words(
     """
 )
 _INTEGRATIONS = ("vscode-chat", "copilot-developer-cli", "agentic-workflows")
+#: Fine-grained and server tokens: never exchanged, and taken under some of those ids only.
+PROGRAM_TOKENS = ("github_pat_", "ghs_")
+_PROGRAM_INTEGRATIONS = _INTEGRATIONS[1:]
 
 
 def check_http(method: str, target: str, fields: list[tuple[str, str]], size: int | None) -> None:
@@ -1759,7 +1762,7 @@ def default_brain(dialect: str, body: Json) -> list[AnyPart]:
             CustomCall(name, "example") if name in custom else Call(name, example_of(schema))
             for name, schema in (tools * 2)[:wanted]
         ]
-    return [*parts, Say(f"Hello from {body['model']}.{sight} You said: {text}")]
+    return [*parts, Say(f"Hello from {body.get('model')}.{sight} You said: {text}")]
 
 
 def spoken(part: AnyPart) -> int:
@@ -2569,6 +2572,27 @@ def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = 
     )
 
 
+def auto_model() -> Json:
+    """A model that only Auto has: shaped as in the list, without the flags that change."""
+    entry = _model(
+        "gpt-6.1-luna",
+        "OpenAI",
+        ["/responses", "ws:/responses"],
+        (272_000, 64_000),
+        supports={"structured_outputs": True, "reasoning_effort": ["low", "high"]},
+    )
+    return {key: value for key, value in entry.items() if key != "model_picker_enabled"}
+
+
+def seat_user() -> Json:
+    """A Business seat that is billed by tokens: no limit, but its use is counted."""
+    user = default_user()
+    premium = {**user["quota_snapshots"]["chat"], "quota_id": "premium_interactions",
+               "credits_used": 289.6, "entitlement": 0, "unlimited": True}  # fmt: skip
+    snapshots = {**user["quota_snapshots"], "premium_interactions": premium}
+    return {**user, "copilot_plan": "business", "quota_snapshots": snapshots}
+
+
 def default_user() -> Json:
     """A paying account, billed by tokens."""
     told = {"overage_count": 0, "token_based_billing": True,
@@ -2627,6 +2651,20 @@ class FakeCopilot(FakeService):
         self.user_answers: deque[Answer] = deque()
         #: GitHub does not exchange this account's token, the Copilot API takes it itself.
         self.direct = False
+        #: The Authorization scheme of such a token; "" is "Bearer" for fine-grained and server
+        #: tokens, and "token", which a plan's own host wants, for others.
+        self.direct_scheme = ""
+        #: Ways to Auto: "auto", "session" (the older one), "unnamed" (a chat without a model).
+        self.auto_ways = {"auto"}
+        #: What Auto chooses next, the first again and again; such models need not be listed.
+        self.auto_models: list[Json] = [auto_model()]
+        #: Nothing but Auto is allowed, as on Free and Student plans.
+        self.only_auto = False
+        #: Seconds that a choice of Auto lasts.
+        self.session_life = 86_400.0
+        #: Answers that take the place of the next ones to `/auto` and `/models/session`.
+        self.auto_answers: deque[Answer] = deque()
+        self._sessions: dict[str, tuple[str, float]] = {}
         self.exchanges = 0
         self.embedded = 0
         self.issued = Issued()
@@ -2646,6 +2684,11 @@ class FakeCopilot(FakeService):
     def secrets(self) -> set[str]:
         """All that was handed out and must never be shown."""
         return {self.github_token, *self._all_tokens}
+
+    @property
+    def for_programs(self) -> bool:
+        """Whether the token is of a kind that GitHub never exchanges."""
+        return self.github_token.startswith(PROGRAM_TOKENS)
 
     def expire_tokens(self) -> None:
         """Every Copilot token handed out so far is refused; those refusals are no violations."""
@@ -2669,6 +2712,8 @@ class FakeCopilot(FakeService):
             ("GET", "/models"): self._models,
             **{("POST", path): self._generate for path in GENERATION},
             ("POST", "/embeddings"): self._embed,
+            ("POST", "/auto"): self._auto,
+            ("POST", "/models/session"): self._auto,
         }
         route = routes.get((seen.method, seen.path))
         if (
@@ -2754,6 +2799,9 @@ class FakeCopilot(FakeService):
         )
         if prepared:
             return prepared
+        if self.for_programs:
+            why = "Resource not accessible by personal access token"
+            raise Refusal(403, dump({"message": why, "status": "403"}), why)
         if self.direct:
             raise Refusal(404, dump({"message": "Not Found", "status": "404"}), "")
         expires = int(time.time()) + self.token_life + 300
@@ -2782,6 +2830,71 @@ class FakeCopilot(FakeService):
     def _models(self, seen: Seen) -> Answer:
         prepared = self._take(self.models_answers, lambda: self._check_access(seen))
         return prepared or _json({"object": "list", "data": self.model_list})
+
+    def _auto(self, seen: Seen) -> Answer:
+        """A model for a conversation, and the token that its requests carry."""
+        return self._take(self.auto_answers, lambda: self._check_auto(seen)) or self._choose(seen)
+
+    def _check_auto(self, seen: Seen) -> None:
+        self._check_access(seen)
+        body, version = self._object(seen), seen.headers["x-github-api-version"]
+        if seen.path == "/auto":
+            if "auto" not in self.auto_ways:
+                raise Refusal(404, dump({"error": "not_found"}), "")
+            if version < "2026-08-01":
+                raise Refusal(404, dump({"error": "invalid apiVersion"}), "invalid apiVersion")
+            if not isinstance(body.get("prompt"), str) or set(body) - {
+                "prompt",
+                "has_image",
+                "tier",
+            }:
+                raise Refusal(400, dump({"error": "invalid_request"}), f"/auto with {set(body)}")
+            return
+        if "session" not in self.auto_ways:
+            raise Refusal(404, b"<html><body>Not Found</body></html>", "")
+        if body != {"auto_mode": {"model_hints": ["auto"]}}:
+            raise Refusal(400, dump({"error": "invalid_request"}), f"/models/session with {body}")
+
+    def _choose(self, seen: Seen) -> Answer:
+        with self._lock:
+            chosen = self.auto_models[0]
+            if len(self.auto_models) > 1:
+                self.auto_models.append(self.auto_models.pop(0))
+            token = f"auto-session-{len(self._sessions)}-EXAMPLE"
+            self._sessions[token] = chosen["id"], time.time() + self.session_life
+            self._all_tokens.add(token)
+        told = {"session_token": token, "expires_at": int(time.time() + self.session_life),
+                "discounted_costs": {chosen["id"]: 0.1}}  # fmt: skip
+        if seen.path == "/auto":
+            return _json({**told, "selected_model": chosen})
+        offered = [model["id"] for model in self.auto_models]
+        return _json({**told, "available_models": offered, "selected_model": chosen["id"]})
+
+    def end_sessions(self) -> None:
+        """Every choice of Auto made so far is refused; those refusals are no violations."""
+        self._sessions = {token: (name, 0.0) for token, (name, _) in self._sessions.items()}
+
+    def _model_of(self, seen: Seen) -> Json:
+        """The model that is called, which Auto or the caller has chosen."""
+        body, token = seen.body, seen.headers.get("copilot-session-token")
+        if token is not None:
+            name, ends = self._sessions.get(token, ("", 0.0))
+            if not name:
+                raise plain(401, "unauthorized: unknown session token")
+            if ends < time.time() - 1:
+                raise plain(401, "unauthorized: session token expired", "")
+            if name != body.get("model"):
+                raise plain(400, f"the session token is for {name}, not {body.get('model')}")
+            known = [*self.model_list, *self.auto_models]
+            return find_model(known, name, seen.path)
+        if "model" not in body and seen.path == "/chat/completions":
+            if "unnamed" in self.auto_ways:
+                return find_model(self.model_list, "gpt-4.1", seen.path)
+            raise capi(400, "model is required", "invalid_request_body")
+        if self.only_auto:
+            raise capi(400, "The requested model is not supported.", "model_not_supported",
+                       param="model", type="invalid_request_error")  # fmt: skip
+        return find_model(self.model_list, body.get("model"), seen.path)
 
     def _policy(self, seen: Seen) -> Answer:
         self._check_access(seen)
@@ -2819,7 +2932,7 @@ class FakeCopilot(FakeService):
             "/responses": ("responses", ResponsesVoice),
         }
         dialect, voice_of = voices[seen.path]
-        model = find_model(self.model_list, seen.body["model"], seen.path)
+        model = self._model_of(seen)
         parts = self.brain(dialect, copy.deepcopy(seen.body))
         with self._lock:
             voice = voice_of(parts, seen.body, model, self.issued, cached)
@@ -2850,10 +2963,12 @@ class FakeCopilot(FakeService):
         """Token and headers of any request to the Copilot API."""
         check_secrets(seen)
         scheme, _, token = seen.headers.get("authorization", "").partition(" ")
-        if token == self.github_token and self.direct:
-            # Of a plan's own host, which this one stands for.
-            if scheme != "token":
+        if token == self.github_token and (self.direct or self.for_programs):
+            if scheme != (self.direct_scheme or ("Bearer" if self.for_programs else "token")):
                 raise plain(400, "Bad Request: Authorization header is badly formatted")
+            integration = seen.headers.get("copilot-integration-id")
+            if self.for_programs and integration not in _PROGRAM_INTEGRATIONS:
+                raise plain(400, "Personal Access Tokens are not supported for this endpoint")
         elif token == self.github_token:
             raise forbidden("the GitHub token was sent to the Copilot API")
         elif scheme != "Bearer" or token not in self._live_tokens:
@@ -2878,7 +2993,7 @@ class FakeCopilot(FakeService):
         try:
             self._check_access(seen)
             body = self._object(seen)
-            model = find_model(self.model_list, body.get("model"), seen.path)
+            model = self._model_of(seen)
             self.violate(check_vision(seen, model))
             if seen.path == "/chat/completions":
                 check_chat(body, model, self.issued)

@@ -609,7 +609,7 @@ class Gateway:
 
 def clean_environment(folder: Path) -> dict[str, str]:
     """The caller's environment less what steers the program, all its folders inside `folder`."""
-    steering = re.compile(r"(?i)AICLIENT_API_.*|XDG_.*|.*_PROXY|(GH|GITHUB)_.*TOKEN|AWS_.*")
+    steering = re.compile(r"(?i)AICLIENT_.*|XDG_.*|.*_PROXY|(GH|.*GITHUB)_.*TOKEN|AWS_.*")
     kept = {name: value for name, value in os.environ.items() if not steering.fullmatch(name)}
     home = folder / "home"
     home.mkdir(mode=0o700)

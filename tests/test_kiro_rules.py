@@ -1121,7 +1121,22 @@ ROWS: list[Row] = [
     (500, BROKEN, "x", "MODEL_TEMPORARILY_UNAVAILABLE", gw.Overloaded, "pause"),
     # the conversation
     (400, VALIDATION, "Improperly formed request.", None, gw.InvalidRequest, ""),
-    (400, VALIDATION, "Improperly formed request.", "REQUEST_BODY_INVALID", gw.InvalidRequest, ""),
+    (
+        400,
+        VALIDATION,
+        "Improperly formed request.",
+        "REQUEST_BODY_INVALID",
+        gw.InvalidRequest,
+        "reshape",
+    ),
+    (
+        400,
+        VALIDATION,
+        "Improperly formed request.",
+        "REQUEST_BODY_INVALID_JSON",
+        gw.InvalidRequest,
+        "",
+    ),
     (400, "", "Improperly formed request.", None, gw.InvalidRequest, ""),
     (400, VALIDATION, "x", "CONTENT_LENGTH_EXCEEDS_THRESHOLD", gw.ContextTooLong, ""),
     (400, VALIDATION, "x", "PROMPT_TOO_LONG", gw.ContextTooLong, ""),

@@ -33,6 +33,17 @@ def placed(name: str, header: str | None = None) -> list[gw.Route]:
     return [routes.resolve(route, CATALOGUES)[0] for route in routes.candidates(name, header)]
 
 
+def test_copilot_s_auto_takes_the_bare_name_from_nobody() -> None:
+    auto = gw.Model("auto", "copilot", auto=True)
+    route = gw.Route("", "auto", False)
+    own = {**CATALOGUES, "work": {"auto": gw.Model("auto", "work")}, "copilot": {"auto": auto}}
+    assert router().resolve(route, own)[0].provider == "work"
+    del own["work"]
+    assert router().resolve(route, own) == (route._replace(provider="copilot"), auto)
+    own["work"] = {"auto": gw.Model("auto", "work", auto=True)}
+    assert router().resolve(route, own)[0].provider == "copilot"
+
+
 @pytest.mark.parametrize(
     ("name", "header", "provider", "model", "explicit"),
     [

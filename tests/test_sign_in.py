@@ -441,7 +441,50 @@ def test_a_token_that_github_does_not_exchange(make: Make, prefix: str) -> None:
     assert home.rows()["copilot"]["health"] == "ok"
     with gateway_in(home) as gateway:
         assert ask(gateway, "gpt-4.1")[0] == 200
-        assert fake.calls[0].headers["authorization"] == f"token {fake.github_token}"
+        scheme = "Bearer" if prefix == "github_pat_" else "token"
+        assert fake.calls[0].headers["authorization"] == f"{scheme} {fake.github_token}"
+
+
+@pytest.mark.parametrize("variable", ["COPILOT_GITHUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"])
+def test_a_token_for_programs_is_offered_first(make: Make, variable: str) -> None:
+    token = "github_pat_EXAMPLE00000000000000000000000000"
+
+    def in_a_pipe() -> None:
+        home = make("copilot", github_token=token)
+        home.env[variable] = token
+        done = home.run("auth", "copilot")
+        assert (done.status, done.out) == (0, SIGNED_IN), done
+        assert f"{variable} holds a token" in done.err
+        assert home.token()["github_token"] == token
+        assert copilot_of(home).exchanges == 0
+
+    def at_a_terminal() -> None:
+        home = make("copilot", github_token=token)
+        terminal = home.terminal("auth", "copilot", **{variable: token})
+        terminal.answer(f"{variable} holds a token[^$]*Use it", "n")
+        terminal.expect("and type    ABCD-1234")
+        terminal.press(b"\x03")
+        terminal = home.terminal("auth", "copilot", **{variable: token})
+        terminal.answer(f"{variable} holds a token[^$]*Use it", "")
+        terminal.expect("Signed in to Copilot as octocat")
+
+    def without_one() -> None:
+        home = make("copilot")
+        home.env[variable] = "ghp_EXAMPLE000000000000000000000000000000"
+        terminal = home.terminal("auth", "copilot")
+        terminal.expect("and type    ABCD-1234")
+        terminal.press(b"\x03")
+
+    def refused() -> None:
+        home = make("copilot", github_token=token)
+        text = "unauthorized: Personal Access Token does not have Copilot Requests permission"
+        copilot_of(home).models_answers.append(Answer(401, {}, text.encode(), chunked=False))
+        done = home.run("auth", "copilot", "--token-stdin", given=token)
+        assert (done.status, done.out) == (1, ""), done
+        assert "does not have Copilot Requests permission" in done.err
+        assert not home.file().exists()
+
+    at_once(in_a_pipe, at_a_terminal, without_one, refused)
 
 
 @contextlib.contextmanager

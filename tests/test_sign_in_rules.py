@@ -376,11 +376,16 @@ def test_a_direct_token_goes_to_the_host_of_its_account() -> None:
         ("gho_EXAMPLE", "api.githubcopilot.com", "Bearer"),
         ("github_pat_EXAMPLE", "api.githubcopilot.com", "Bearer"),
         ("gho_EXAMPLE", "api.business.githubcopilot.com", "token"),
-        ("ghs_EXAMPLE", "copilot-api.acme.ghe.com", "token"),
+        ("gho_EXAMPLE", "copilot-api.acme.ghe.com", "Bearer"),
+        ("github_pat_EXAMPLE", "api.business.githubcopilot.com", "Bearer"),
+        ("ghs_EXAMPLE", "api.enterprise.githubcopilot.com", "Bearer"),
+        ("ghs_EXAMPLE", "copilot-api.acme.ghe.com", "Bearer"),
     ],
 )
 def test_how_a_token_is_shown(token: str, host: str, shown: str) -> None:
-    assert gw.copilot_authorization(token, host) == f"{shown} {token}"
+    held = gw.CopilotToken(token, f"https://{host}", NOW, 3600.0)
+    headers = gw.copilot_headers(held, gw.CopilotConfig(), ("s", "m", "d"), "i", "r")
+    assert headers["Authorization"] == f"{shown} {token}"
 
 
 def test_a_refused_exchange() -> None:

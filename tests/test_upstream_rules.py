@@ -280,6 +280,10 @@ def test_a_family_name_finds_its_model() -> None:
 def test_a_guessed_model_speaks_what_its_kind_speaks() -> None:
     assert gw.guess_copilot_model("claude-new-9", "p").dialects == ("messages", "chat")
     assert gw.guess_copilot_model("gpt-9", "p").dialects == ("chat",)
+    for name in ("gpt-5.6-sol", "gpt-6-astra", "gpt-6.2-luna", "grok-4.7", "mai-code-2"):
+        assert gw.guess_copilot_model(name, "p").dialects == ("responses",)
+    for name in ("gemini-4-argon", "kimi-k3"):
+        assert gw.guess_copilot_model(name, "p").dialects == ("chat",)
     assert gw.guess_copilot_model("gpt-9", "p").guessed
 
 
@@ -362,7 +366,8 @@ def test_a_token_never_shows_itself() -> None:
 
 
 def test_every_call_carries_the_editor_s_identity_and_the_exchange_its_own() -> None:
-    identity = gw.copilot_identity("Bearer T", "s", "m", "d")
+    token = gw.CopilotToken("T", "https://api.githubcopilot.com", NOW, 1500.0)
+    identity = gw.copilot_headers(token, gw.CopilotConfig(), ("s", "m", "d"), "i", "r")
     assert identity["Authorization"] == "Bearer T"
     assert {"Editor-Version", "Editor-Plugin-Version", "User-Agent"} <= set(identity)
     exchange = gw.exchange_headers("G")
