@@ -469,6 +469,10 @@ class NotRunning(ProgramError):
     exit_status = 3
 
 
+class NotResponding(ProgramError):
+    """A process holds the lock, but is frozen."""
+
+
 class ApiError(Exception):
     """An error response to a client.
 
@@ -980,6 +984,7 @@ HOST_VALUE = re.compile(
     re.ASCII,
 )
 TARGET = re.compile(r"[!-~]+")
+HOST_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?")
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 
@@ -1050,8 +1055,34 @@ def matching(pattern: re.Pattern[str], requirement: str) -> Check:
     return lambda value: "" if not value or pattern.fullmatch(value) else f"must be {requirement}"
 
 
-def setting(default: Any, check: Check, *, is_secret: bool = False) -> Any:
-    return field(default=default, repr=not is_secret, metadata={"check": check})
+def check_host(value: str) -> str:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(value)  # with a zone, too
+        return ""
+    if HOST_NAME.fullmatch(value):
+        return ""
+    problem = "must be a host name or an IP address alone, like 127.0.0.1"
+    if "://" in value:
+        return f"{problem}, not a URL"
+    has_port = value.rpartition(":")[2].isdecimal()
+    return f"{problem}; the port goes into server.port (--port)" if has_port else problem
+
+
+def setting(
+    default: Any,
+    check: Check,
+    *,
+    is_secret: bool = False,
+    normalize: Callable[[str], str] = lambda value: value,
+) -> Any:
+    """`normalize` turns what people write into what the check accepts."""
+    metadata = {"check": check, "normalize": normalize}
+    return field(default=default, repr=not is_secret, metadata=metadata)
+
+
+def log_level(value: str) -> str:
+    """In any case; `warn`, as many programs spell it, is `warning`."""
+    return {"warn": "warning"}.get(value.lower(), value.lower())
 
 
 def seconds(default: float) -> Any:
@@ -1070,7 +1101,7 @@ def check_text(value: str) -> str:
 
 @dataclass(slots=True)
 class ServerConfig:
-    host: str = "127.0.0.1"
+    host: str = setting("127.0.0.1", check_host, normalize=lambda value: value.strip("[]"))
     port: int = setting(9090, between(0, MAX_PORT))
     #: between two requests of one client IP; 0 = off
     rate_limit_seconds: float = setting(0.0, between(0, 3600))
@@ -1099,7 +1130,9 @@ class CopilotConfig:
     type: str = "copilot"
     enabled: bool = True
     #: selects the host if the token response names none
-    account_type: str = setting("individual", one_of("individual", "business", "enterprise"))
+    account_type: str = setting(
+        "individual", one_of("individual", "business", "enterprise"), normalize=str.lower
+    )
     github_url: str = url(GITHUB_URL)
     github_api_url: str = url(GITHUB_API_URL)
     api_url: str = url()  #: "" = endpoints.api of the token response
@@ -1131,7 +1164,7 @@ class EchoConfig:
 
 @dataclass(slots=True)
 class LoggingConfig:
-    level: str = setting("info", one_of(*LOG_LEVELS))
+    level: str = setting("info", one_of(*LOG_LEVELS), normalize=log_level)
 
 
 @dataclass(slots=True)
@@ -1169,7 +1202,7 @@ class Config:
     """The checked configuration.  `repr` shows no secret."""
 
     #: where the endpoint does not determine it
-    default_format: str = setting("openai", one_of("openai", "anthropic"))
+    default_format: str = setting("openai", one_of("openai", "anthropic"), normalize=str.lower)
     default_provider: str = "copilot"
     api_key: str = field(default="", repr=False)  #: "" = no key required
     api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
@@ -1232,7 +1265,7 @@ class ConfigReader:
                     current[entry_name] = self.read_entry(key, entry_name, entry)
             elif is_dataclass(current):
                 self.fill(current, self.require_table(value, key), key)
-            else:
+            elif not isinstance(value, str) or value.strip():  # otherwise as if it were not there
                 setattr(target, name, self.read_value(key, settings[name], value))
                 self.origins[key] = "file"
 
@@ -1254,7 +1287,7 @@ class ConfigReader:
         table = self.require_table(value, key)
         entry: Any = CapConfig()
         if path == "providers":
-            kind = table.get("type", name)
+            kind = table.get("type") or name
             if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
                 supported = ", ".join(sorted(PROVIDER_CONFIGS))
                 raise self.error(f"{key}.type", f"must be one of {supported}")
@@ -1264,13 +1297,15 @@ class ConfigReader:
 
     def read_value(self, key: str, item: Field[Any], value: Any) -> Any:
         kind, type_name = SETTING_TYPES[str(item.type)]
+        if isinstance(value, str):
+            value = item.metadata.get("normalize", str)(value.strip(" "))
         is_valid = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not is_valid or (kind is list and not all(isinstance(entry, str) for entry in value)):
             raise self.error(key, f"must be {type_name}")
         check: Check | None = item.metadata.get("check")
-        problem = check(value) if check else ""
-        if not problem and kind is str:
-            problem = check_text(value)
+        problem = check_text(value) if kind is str else ""
+        if not problem and check:
+            problem = check(value)
         if problem:
             raise self.error(key, problem)
         return float(value) if item.type == "float" else value
@@ -1346,31 +1381,50 @@ def override_setting(config: Config, source: str, origin: str, key: str, text: s
     config.origins[key] = origin
 
 
-def apply_environment(config: Config, environ: dict[str, str]) -> None:
-    """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
+# What Kubernetes (Service, "Environment variables") and Docker's links set for a service called
+# aiclient-api, or aiclient-api-X, in all containers.
+SERVICE_VARIABLE = re.compile(
+    r"(?:\w+_)?(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_[A-Z]+)?)=.*"
+    r"|(?:\w+_)?(?:PORT=(?:tcp|udp|sctp)://.*|NAME=/.*|ENV_\w+=.*)",
+    re.DOTALL,
+)
+
+
+def apply_environment(config: Config, environ: dict[str, str]) -> list[str]:
+    """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY.
+
+    An empty variable is one that is not set.  Returns the variables that belong to a service.
+    """
     keys = [key for key, _, _ in iter_settings(config)]
     names = {key.upper().replace(".", "_").replace("-", "_"): key for key in keys}
+    ignored = []
     for variable, text in sorted(environ.items()):
-        if variable.startswith(ENV_PREFIX):
-            name = variable.removeprefix(ENV_PREFIX)
-            name = ENV_SHORT.get(name, name)
-            if name not in names:
-                raise ConfigReader("environment").unknown_key(variable, name, names)
-            override_setting(config, "environment", variable, names[name], text)
+        name = variable.removeprefix(ENV_PREFIX)
+        if name == variable or not text.strip():
+            continue
+        key = names.get(ENV_SHORT.get(name, name))
+        is_address = text.startswith(("tcp://", "udp://", "sctp://"))
+        if SERVICE_VARIABLE.fullmatch(f"{name}={text}") and (key is None or is_address):
+            ignored.append(variable)
+        elif key is None:
+            raise ConfigReader("environment").unknown_key(variable, name, names)
+        else:
+            override_setting(config, "environment", variable, key, text)
+    return ignored
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
-    """None means not given; unknown keys are ignored: another version's process may pass them."""
+    """None and "" mean not given; unknown keys are ignored: another version may pass them."""
     for key in [key for key, _, _ in iter_settings(config)]:
-        text = flags.get(key)
-        if text is not None:
+        text = flags.get(key) or ""
+        if text.strip():
             flag = "--" + key.rpartition(".")[2].replace("_", "-")
             override_setting(config, "command line", flag, key, text)
 
 
 def check_exposure(config: Config) -> None:
     """Requires a key beyond loopback: anyone on the network could spend the subscription."""
-    keys = config.api_key.strip() or config.api_keys
+    keys = config.api_key or config.api_keys
     if not keys and not is_loopback(config.server.host):
         raise ConfigError(
             f"configuration: server.host: {config.server.host} can be reached from other machines; "
@@ -11611,6 +11665,9 @@ class Request(RequestHead):
     key_name = ""
     #: its usage, once known
     usage_record: UsageRecord | None = None
+    #: the model that it was last tried with, and how that failed
+    route: Route | None = None
+    failure: ApiError | None = None
 
     def __init__(self, connection: ServerConnection, head: RequestHead, body: Body) -> None:
         super().__init__(head.method, head.target, head.path, head.query, head.minor, head.headers)
@@ -12171,7 +12228,9 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     if config.api_keys or any(map(is_secret_setting, config.origins)):
         with os.fdopen(open_trusted(path, "O_RDONLY"), "rb") as file:
             make_private(file.fileno(), path, "config_file_with_secrets")
-    apply_environment(config, environ)
+    ignored = apply_environment(config, environ)
+    if ignored:
+        log_event("warning", "service_variables_ignored", names=",".join(ignored))
     apply_flags(config, flags)
     check_exposure(config)
     return config
@@ -15523,8 +15582,8 @@ def failure_status(failure: BaseException | None) -> tuple[int, str]:
     if isinstance(failure, ApiError):
         return failure.status, failure.kind
     if isinstance(failure, WireError):
-        return failure.status, ""
-    if isinstance(failure, (asyncio.CancelledError, ConnectionError)):
+        return failure.status, InvalidRequest.kind
+    if isinstance(failure, (asyncio.CancelledError, ConnectionError, EOFError)):
         return 499, "cancelled"
     return (200, "") if failure is None else (500, ApiError.kind)
 
@@ -16197,29 +16256,30 @@ class Gateway:
 
     async def handle(self, request: Request) -> Response:
         """Sets the request id; logs and counts the request once its response has been sent."""
-        now = asyncio.get_running_loop().time
-        request.started_at = now()
+        request.started_at = asyncio.get_running_loop().time()
         request.id = "req_" + os.urandom(12).hex()
         try:
             response = await self.respond(request)
         except BaseException as error:
-            self.count_request(request, failure_status(error)[0])
+            failure = request.failure or error
+            stops = not request.connection.is_disconnected
+            if isinstance(failure, asyncio.CancelledError) and stops:
+                failure = Overloaded("The gateway is stopping.")
+            self.log_access(request, *failure_status(failure))
             raise
         response.headers.update(self.id_headers(request.id))
         stream = response.stream
         if stream is None:
-            self.log_access(request, response, now() - request.started_at, "ok")
-            self.count_request(request, response.status)
+            self.log_access(request, response.status, failure_status(request.failure)[1])
             return response
 
         async def stream_with_log(writer: ResponseWriter) -> None:
-            outcome = "cancelled"
+            kind = "cancelled"
             try:
                 await stream(writer)
-                outcome = "ok"
+                kind = failure_status(request.failure)[1]
             finally:
-                self.log_access(request, response, now() - request.started_at, outcome)
-                self.count_request(request, response.status)
+                self.log_access(request, response.status, kind)
 
         response.stream = stream_with_log
         return response
@@ -16233,10 +16293,10 @@ class Gateway:
             else:
                 response = await self.dispatch(request)
         except RecursionError:
-            error = InvalidRequest("The request is nested too deeply.")
+            nested = InvalidRequest("The request is nested too deeply.")
+            response = self.write_error(nested, request)
+        except ApiError as error:
             response = self.write_error(error, request)
-        except ApiError as caught:
-            response = self.write_error(caught, request)
         response.headers.update(self.shield.cors_headers(request))
         return response
 
@@ -16281,24 +16341,28 @@ class Gateway:
             "X-Content-Type-Options": "nosniff",
         }
 
-    def count_request(self, request: Request, status: int) -> None:
-        """Labels are endpoints, not paths: ids, and unknown paths, share one label each."""
-        path, _ = split_path(request.path)
-        label = path if path in self.endpoints else "other"
-        self.ledger.metrics.count_request(label, request.method, status)
+    def log_access(self, request: Request, status: int, kind: str) -> None:
+        """Logs and counts a request: metadata only; `kind` as in UsageRecord.
 
-    def log_access(
-        self, request: Request, response: Response, seconds: float, outcome: str
-    ) -> None:
-        """Metadata only."""
-        headers, cost = response.headers, dict[str, str]()
-        endpoint = self.endpoints.get(split_path(request.path)[0])
-        is_quiet = endpoint is not None and endpoint.is_polled and response.status < 400
+        The metric's labels are endpoints, not paths: ids, and unknown paths, share one label each.
+        """
+        path, _ = split_path(request.path)
+        endpoint = self.endpoints.get(path)
+        label = "other" if endpoint is None else path
+        self.ledger.metrics.count_request(label, request.method, status)
+        details = {"provider": "-", "model": "-"}
+        if request.route is not None:
+            details = {"provider": request.route.provider or "-", "model": request.route.model}
         if request.usage_record is not None:
             usage = request.usage_record.usage
-            cost = {"input": str(usage.prompt), "output": str(usage.output)}
+            details |= {"input": str(usage.prompt), "output": str(usage.output)}
             if usage.credits_source:
-                cost["credits"] = f"{usage.nano_credits / 1e9:.6g}"
+                details["credits"] = f"{usage.nano_credits / 1e9:.6g}"
+        if kind:
+            details["kind"] = kind
+        end = {"": "ok", "cancelled": "cancelled"}.get(kind, "error")
+        is_quiet = endpoint is not None and endpoint.is_polled and end == "ok"
+        seconds = asyncio.get_running_loop().time() - request.started_at
         log_event(
             "debug" if is_quiet else "info",
             "request",
@@ -16306,12 +16370,10 @@ class Gateway:
             client=request.client,
             method=request.method,
             path=request.path[:200],
-            status=response.status,
+            status=status,
             ms=f"{seconds * 1000:.1f}",
-            provider=headers.get("x-aiclient-provider", "-"),
-            model=headers.get("x-aiclient-model", "-"),
-            **cost,
-            end=outcome,
+            **details,
+            end=end,
         )
 
     # -- responses that need no upstream
@@ -16336,6 +16398,8 @@ class Gateway:
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
         dialect = self.dialect_of(request)
+        if request is not None:
+            request.failure = error
         error.message = mask_secrets(error.message[:MAX_ERROR_TEXT], self.secrets())
         request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
@@ -16576,8 +16640,10 @@ class Gateway:
         """
         failures: list[tuple[str, ApiError]] = []
         for route in routes:
+            request.route, request.failure = route, None
             try:
                 provider, model = await self.find_model(request, name, route)
+                request.route = Route(provider.name, model.id, True)
                 if not provider.local:  # a local provider costs nothing
                     label = self.label(request)
                     uncounted, body_hash = body_hash, None  # counted once, even if refused
@@ -16878,6 +16944,8 @@ class Exchange:
 
     def finish(self, failure: BaseException | None) -> None:
         self.request.cancel_on_disconnect(False)
+        if isinstance(failure, ApiError):
+            self.request.failure = failure
         if self.source is not None:
             self.source.close(self.translator.is_complete)
         if self.recorded:
@@ -17512,12 +17580,14 @@ def write_frame(peer: socket.socket, message: Json) -> None:
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
 
-def read_frame(peer: socket.socket) -> bytes | None:
+def read_frame(
+    peer: socket.socket, seconds: float = CONTROL_SECONDS, limit: float = MAX_CONTROL_BYTES
+) -> bytes | None:
     """The next message, None at EOF; raises OSError on a timeout, ProgramError if it is too large.
 
-    The deadline is for the whole message, so that a slow client cannot keep its thread for long.
+    The deadline is for the whole message, so that a slow peer cannot keep its thread for long.
     """
-    deadline, data, size = time.monotonic() + CONTROL_SECONDS, b"", 4
+    deadline, data, size = time.monotonic() + seconds, b"", 4
     while len(data) < size:
         peer.settimeout(max(0.001, deadline - time.monotonic()))
         piece = peer.recv(min(size - len(data), RECV_BYTES))
@@ -17526,8 +17596,8 @@ def read_frame(peer: socket.socket) -> bytes | None:
         data += piece
         if size == len(data) == 4:
             size += int.from_bytes(data, "big")
-            if size - 4 > MAX_CONTROL_BYTES:
-                problem = f"a message may have {MAX_CONTROL_BYTES} bytes, not {size - 4}"
+            if size - 4 > limit:
+                problem = f"a message may have {limit} bytes, not {size - 4}"
                 raise ProgramError(problem)
     return data[4:]
 
@@ -17747,7 +17817,11 @@ def not_running() -> NotRunning:
 def ask_daemon(
     paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_SECONDS
 ) -> Json:
-    """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
+    """The `data` of the running daemon's response; raises NotRunning and ProgramError.
+
+    If the response may take longer than CONTROL_SECONDS, the status is asked for first: a frozen
+    process raises NotResponding without waiting that long.
+    """
     if fcntl is None:
         raise ProgramError("this platform has no Unix sockets, which this command needs")
     problem = "the gateway is just starting or stopping; try again in a moment"
@@ -17756,18 +17830,25 @@ def ask_daemon(
         if not path:
             break
         try:
-            with socket.socket(socket.AF_UNIX) as peer, peer.makefile("rb") as stream:
+            with socket.socket(socket.AF_UNIX) as peer:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
+                if seconds > CONTROL_SECONDS:
+                    write_frame(peer, {"method": "status"})
+                    read_frame(peer, limit=math.inf)
                 write_frame(peer, {"method": method, "params": params or {}})
-                peer.settimeout(seconds)
-                size = int.from_bytes(stream.read(4), "big")
-                data = stream.read(size)
+                data = read_frame(peer, seconds, limit=math.inf)
+        except TimeoutError:
+            stop = f"{program_command(sys.argv[0])} stop"
+            raise NotResponding(
+                f"the gateway does not respond: process {pid} holds the lock but does not answer; "
+                f"end it with: {stop}; or, if somebody has paused it: kill -CONT {pid}"
+            ) from None
         except OSError as error:
             reason = error.strerror or str(error)
             problem = f"the gateway (process {pid}) does not respond: {reason}"
             break
-        if data and len(data) == size:
+        if data:
             response = load_object(data) or {}
             if response.get("ok") is not True:
                 raise ProgramError(str(response.get("error")))
@@ -18173,6 +18254,7 @@ class App:
         self.paths = find_paths(self.environ)
 
     def load_config(self, flags: dict[str, str | None] | None = None) -> Config:
+        start_log("warning")
         return load_config(self.paths, self.environ, flags or {})
 
     def ask(
@@ -18288,6 +18370,7 @@ def main_detached(launch_json: bytes) -> int:
         return was_read
 
     os.umask(0o077)
+    start_log("info")  # standard error is the log
     try:
         environ = dict(os.environ)
         paths = find_paths(environ)
@@ -18313,6 +18396,8 @@ def await_daemon(paths: Paths) -> Json | None:
             problem = ProgramError(f"process {status.get('pid')} is still stopping; see: status")
         except NotRunning:
             return None
+        except NotResponding:
+            raise
         except ProgramError as error:
             problem = error
         if time.monotonic() > deadline:
@@ -18320,16 +18405,33 @@ def await_daemon(paths: Paths) -> Json | None:
         time.sleep(POLL_SECONDS)
 
 
-def ask_health(url: str) -> bool:
+def ask_health(url: str, key: str = "") -> bool:
+    """Whether the gateway responds; with `key`, whether it accepts it."""
+    path = "/v1/status" if key else "/healthz"
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n"
     parts = urllib.parse.urlsplit(url)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname)
     try:
         with socket.create_connection((host, parts.port), HEALTH_SECONDS) as peer:
-            peer.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            peer.sendall(f"{head}Connection: close\r\n\r\n".encode())
             with peer.makefile("rb") as stream:
                 return stream.read(12).endswith(b" 200")
     except OSError:
         return False
+
+
+def different_flags(options: argparse.Namespace, config: Config, status: Json) -> list[str]:
+    """The flags of `start` by which a running gateway differs from the one asked for."""
+    server, url = config.server, urllib.parse.urlsplit(status["url"])
+    is_different = {
+        "--foreground": options.foreground,
+        "--host": options.host and url.hostname != server.host.lower(),
+        "--port": options.port and server.port not in (0, url.port),
+        "--api-key": options.api_key
+        and not (status["needs_key"] and ask_health(status["url"], config.api_key)),
+        "--log-file": options.log_file and os.path.abspath(options.log_file) != status["log_file"],
+    }
+    return [flag for flag, differs in is_different.items() if differs]
 
 
 def last_lines(path: str, offset: int) -> tuple[str, ...]:
@@ -18417,8 +18519,12 @@ def cmd_start(app: App) -> None:
         status = await_daemon(paths)
         if status is not None:
             tell(f"aiclient-api is already running: {status['url']} (process {status['pid']})")
-            if options.foreground or log_file or any(v is not None for v in flags.values()):
-                raise ProgramError("the flags were not applied; stop it first, or restart it")
+            different = different_flags(options, config, status)
+            if different:
+                command = program_command(sys.argv[0])
+                raise ProgramError(
+                    f"the flags were not applied: {', '.join(different)}; first run: {command} stop"
+                )
             return
     launch.lock = lock
     if not detached:
@@ -18441,6 +18547,10 @@ def cmd_start(app: App) -> None:
     run_in_loop(serve(launch, paths, config, listeners, report))
 
 
+def count_requests(count: int) -> str:
+    return f"{count} request{'s' if count != 1 else ''}"
+
+
 @verb("stop", "stop after in-flight requests finish")
 def cmd_stop(app: App) -> None:
     """Stops the gateway; in-flight requests may finish, up to server.drain_seconds."""
@@ -18451,8 +18561,18 @@ def cmd_stop(app: App) -> None:
         drain_s = app.load_config().server.drain_seconds
     except ConfigError:
         drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
-    deadline = time.monotonic() + drain_s + KILL_AFTER_SECONDS
-    signum, signalled = signal.SIGTERM, set()
+    in_flight = 0
+    try:
+        in_flight = app.ask("status")["requests_in_flight"]
+    except NotResponding:
+        drain_s = 0.0
+    except ProgramError:
+        pass  # just starting or stopping
+    if in_flight:
+        waiting = f"waiting up to {drain_s:g} s (Ctrl-C: do not wait; it still stops)"
+        print(f"{count_requests(in_flight)} in flight; {waiting}", file=sys.stderr)
+    drained_at = time.monotonic() + drain_s
+    deadline, signum, signalled = drained_at + KILL_AFTER_SECONDS, signal.SIGTERM, set()
     while is_locked(path):
         pid, _ = read_pid_file(path)
         if pid and (pid, signum) not in signalled:  # a successor may have taken over meanwhile
@@ -18464,13 +18584,21 @@ def cmd_stop(app: App) -> None:
             print(f"process {pid} did not exit in time; killing it", file=sys.stderr)
             signum, deadline = signal.SIGKILL, time.monotonic() + KILL_AFTER_SECONDS
         time.sleep(POLL_SECONDS)
-    print("stopped")
+    is_late = in_flight and time.monotonic() > drained_at
+    print("stopped; requests that had not finished were cut off" if is_late else "stopped")
 
 
 @verb("restart", "restart without dropping requests")
 def cmd_restart(app: App) -> None:
     """Replaces the running process by a new one, with the same flags; no request is lost."""
-    print_ready(app.ask("restart", seconds=START_SECONDS + CONTROL_SECONDS))
+    old = app.ask("status")
+    new = app.ask("restart", seconds=START_SECONDS + CONTROL_SECONDS)
+    tell(
+        f"restarted: aiclient-api {new['version']} listening on {new['url']} (process {new['pid']})"
+    )
+    if old["requests_in_flight"]:
+        in_flight = count_requests(old["requests_in_flight"])
+        tell(f"{in_flight} in flight when it began: process {old['pid']} finishes that first")
 
 
 @verb("status", "show the gateway and its providers", AS_JSON)
@@ -18491,7 +18619,6 @@ def run_account_command(
     """
     if config is None:
         config = app.load_config()
-        start_log("warning")
     old_providers = dict(config.providers)
     browser = getattr(app.options, "browser", True)
 
@@ -18608,7 +18735,6 @@ def cmd_auth_import(app: App) -> None:
 def cmd_auth_list(app: App) -> None:
     """Lists the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
     config = app.load_config()
-    start_log("warning")
     accounts = account_rows(config, app.paths)
     app.show({"accounts": accounts}, lambda data: print_table(ACCOUNT_COLUMNS, data["accounts"]))
 
@@ -18813,7 +18939,7 @@ def find_log(app: App) -> str:
 
 
 def follow_log(file: TextIO, path: str, level: str) -> None:
-    """Prints new lines of a log, across rotations, until interrupted."""
+    """Prints new lines of a log, also once it is rotated or truncated, until interrupted."""
     log_filter = LogFilter(level)
     tail = ""
     while True:
@@ -18824,7 +18950,10 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
             tell(line)
         if is_moved and os.path.exists(path):
             file.close()
-            file = open_log(path)
+            file, tail = open_log(path), ""
+        elif os.fstat(file.fileno()).st_size < file.buffer.tell():
+            file.seek(0)
+            tail = ""
         elif not lines:
             time.sleep(POLL_SECONDS)
 
@@ -18843,7 +18972,9 @@ def is_open_at(file: TextIO, path: str) -> bool:
     argument(
         "--lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
     ),
-    argument("--level", "of this level or above", choices=LOG_LEVELS, default="debug"),
+    argument(
+        "--level", "of this level or above", type=log_level, choices=LOG_LEVELS, default="debug"
+    ),
     flag("--follow", "keep printing new lines, until Ctrl-C"),
     example="logs --level warning --follow",
 )

@@ -443,6 +443,7 @@ def logged(machine: Machine) -> Machine:
         (["--lines", "1"], [LINES[4]]),
         (["--lines", "0"], []),
         (["--level", "warning"], [LINES[2], LINES[3], "Traceback:", "  deep"]),
+        (["--level", "WARN"], [LINES[2], LINES[3], "Traceback:", "  deep"]),
         (["--level", "error", "--lines", "1"], ["  deep"]),
     ],
 )
@@ -450,6 +451,15 @@ def test_the_last_lines_of_the_log(logged: Machine, words: list[str], expected: 
     assert logged.run("logs", *words).out.splitlines() == expected
 
 
+def offset(pid: int, path: Path) -> int:
+    """Where a process is in a file that it reads; -1 where that cannot be seen."""
+    for entry in Path(f"/proc/{pid}/fd").glob("*"):
+        if entry.resolve() == path.resolve():
+            return int(Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split()[1])
+    return -1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fdinfo").exists(), reason="offsets cannot be seen here")
 def test_following_goes_on_through_rotations(logged: Machine) -> None:
     process = logged.popen("logs", "--follow", "--lines", "1", "--level", "info")
     too_long = threading.Timer(30, process.kill)
@@ -467,6 +477,12 @@ def test_following_goes_on_through_rotations(logged: Machine) -> None:
         logged.log_file.write_text("2026-11-22T10:03:00.000Z INFO into the new one\n")
         assert "into the old one" in process.stdout.readline()
         assert "into the new one" in process.stdout.readline()
+        for number in range(2):  # `> daemon.log`, and logrotate's copytruncate
+            logged.log_file.write_text("")
+            wait_until(lambda: offset(process.pid, logged.log_file) == 0)
+            with logged.log_file.open("a") as file:
+                file.write(f"2026-11-22T10:04:00.000Z INFO truncated {number}\n")
+            assert f"truncated {number}" in process.stdout.readline()
     finally:
         too_long.cancel()
         process.kill()
