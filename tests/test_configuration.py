@@ -433,10 +433,10 @@ def test_what_only_looks_like_a_service_is_refused(name: str) -> None:
         ("0.0.0.0:9999", "the port goes into server.port"),
         ("http://127.0.0.1", "not a URL"),
         ("https://gateway.example:9090/v1", "not a URL"),
-        ("127.0.0.1/v1", "alone"),
-        ("*", "alone"),
-        ("a b", "alone"),
-        (":::", "alone"),
+        ("127.0.0.1/v1", "a host name or an IP address"),
+        ("*", "a host name or an IP address"),
+        ("a b", "a host name or an IP address"),
+        (":::", "a host name or an IP address"),
     ],
 )
 def test_a_host_that_is_more_than_a_host_is_told(host: str, words: str) -> None:
