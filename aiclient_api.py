@@ -941,7 +941,7 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
 def suggest(name: str, candidates: Iterable[str]) -> str:
     """The end of an error about an unknown name."""
     names = list(candidates)
-    matches = nearest(name, names, 1)
+    matches = [item for item in names if item.startswith(name)] or nearest(name, names, 1)
     return f"did you mean {matches[0]}?" if matches else f"there are: {', '.join(names)}"
 
 
@@ -977,7 +977,7 @@ KEY_LIKE = re.compile(r"[0-9a-f]{32,}|(?![/.~])(?=.*[0-9])(?=.*[a-z])(?=.*[A-Z])
 def mask_arguments(text: str, arguments: Iterable[str]) -> str:
     """An error without those of the command line's words that look like a secret."""
     for word in arguments:
-        value = word.partition("=")[2] or word
+        value = re.sub(r"\A(?:--[\w-]+=|-\w)", "", word)
         if KEY_LIKE.fullmatch(value) or redact(word, len(word)) != word:
             text = text.replace(value, "[secret]")
     return redact(text, len(text))
@@ -19456,11 +19456,9 @@ SYNONYMS = {
 
 def suggest_verb(word: str, group: str, choices: Iterable[str]) -> str:
     """`group` is the first word of a verb whose second is wanted, or ""."""
-    verbs = [f"{group} {name}".strip() for name in choices]
     elsewhere = [item.words for item in VERBS if item.words.endswith(f" {word}")]
-    if word in SYNONYMS and not group:
-        return f"did you mean {SYNONYMS[word]}?"
-    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else suggest(word, verbs)
+    known = "" if group else SYNONYMS.get(word) or " or ".join(elsewhere)
+    return f"did you mean {known}?" if known else suggest(word, choices)
 
 
 def parser_class() -> type[argparse.ArgumentParser]:
