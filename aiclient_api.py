@@ -1020,7 +1020,11 @@ HOST_VALUE = re.compile(
     re.ASCII,
 )
 TARGET = re.compile(r"[!-~]+")
-HOST_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?")
+# A name or an address alone; two colons make it IPv6, whose zone may follow.
+HOST = re.compile(
+    r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:]+(?:[0-9]+(?:\.[0-9]+){3})?(?:%[\w.-]+)?"
+)
+HOST_FORM = "a host name or an IP address, not a URL; the port goes into server.port"
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 
@@ -1091,21 +1095,7 @@ def matching(pattern: re.Pattern[str], requirement: str) -> Check:
     return lambda value: "" if not value or pattern.fullmatch(value) else f"must be {requirement}"
 
 
-def check_host(value: str) -> str:
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(value)  # with a zone, too
-        return ""
-    problem = "must be a host name or an IP address, not a URL; the port goes into server.port"
-    return "" if HOST_NAME.fullmatch(value) else problem
-
-
-def setting(
-    default: Any,
-    check: Check,
-    *,
-    is_secret: bool = False,
-    normalize: Callable[[str], str] = lambda value: value,
-) -> Any:
+def setting(default: Any, check: Check, *, is_secret: bool = False, normalize: Any = str) -> Any:
     """`normalize` turns what people write into what the check accepts."""
     metadata = {"check": check, "normalize": normalize}
     return field(default=default, repr=not is_secret, metadata=metadata)
@@ -1132,7 +1122,9 @@ def check_text(value: str) -> str:
 
 @dataclass(slots=True)
 class ServerConfig:
-    host: str = setting("127.0.0.1", check_host, normalize=lambda value: value.strip("[]"))
+    host: str = setting(
+        "127.0.0.1", matching(HOST, HOST_FORM), normalize=lambda value: value.strip("[]")
+    )
     port: int = setting(9090, between(0, MAX_PORT))
     #: between two requests of one client IP; 0 = off
     rate_limit_seconds: float = setting(0.0, between(0, 3600))
@@ -18717,8 +18709,7 @@ def cmd_restart(app: App) -> None:
         f"restarted: aiclient-api {new['version']} listening on {new['url']} (process {new['pid']})"
     )
     if old["requests_in_flight"]:
-        in_flight = count_requests(old["requests_in_flight"])
-        tell(f"{in_flight} in flight when it began: process {old['pid']} finishes that first")
+        tell(f"process {old['pid']} finishes {count_requests(old['requests_in_flight'])} in flight")
 
 
 @verb("status", "show the gateway and its providers", AS_JSON)
@@ -19028,19 +19019,6 @@ def cmd_config_get(app: App) -> None:
     print(value if isinstance(value, str) else write_toml(value))
 
 
-def save_setting(app: App, value: str | None) -> None:
-    key, needed_key = app.options.key, app.load_config().needs_key
-    if is_secret_setting(key) and value is not None and not value.strip():
-        raise WrongUsage(f"{key}: the value is empty; to remove it: config unset {key}")
-    change_config(app.paths, app.environ, key, value)
-    report_saved(app, key)
-    needs_key = app.load_config().needs_key
-    if needs_key and not needed_key:
-        tell("Clients must send a key from now on: api_key or one of api_keys.")
-    elif needed_key and not needs_key:
-        tell("Clients need no key from now on.")
-
-
 @verb(
     "config set",
     "change one setting",
@@ -19048,16 +19026,20 @@ def save_setting(app: App, value: str | None) -> None:
     argument("value", "lists with commas; - reads it from standard input", metavar="VALUE"),
     example="config set server.drain_seconds 60",
 )
+@verb("config unset", "back to its default", KEY_ARGUMENT, example="config unset server.port")
 def cmd_config_set(app: App) -> None:
-    """Changes one setting in the file, keeps everything else in it, and applies it at once."""
-    value = app.options.value
-    save_setting(app, sys.stdin.readline().rstrip("\r\n") if value == "-" else value)
-
-
-@verb("config unset", "remove it from the file", KEY_ARGUMENT, example="config unset server.port")
-def cmd_config_unset(app: App) -> None:
-    """Removes one setting or table from the file, which restores its default."""
-    save_setting(app, None)
+    """Changes one setting, or removes it from the file, keeps everything else in it, applies it."""
+    key, value = app.options.key, getattr(app.options, "value", None)
+    needed_key = app.load_config().needs_key
+    if value == "-":
+        value = sys.stdin.readline().rstrip("\r\n")
+    if is_secret_setting(key) and value is not None and not value.strip():
+        raise WrongUsage(f"{key}: the value is empty; to remove it: config unset {key}")
+    change_config(app.paths, app.environ, key, value)
+    report_saved(app, key)
+    if app.load_config().needs_key != needed_key:
+        need = "no key: there is none" if needed_key else "a key: api_key or one of api_keys"
+        tell(f"From now on clients need {need}.")
 
 
 @verb("config edit", "change the file in your editor")
@@ -19079,29 +19061,24 @@ def cmd_config_reload(app: App) -> None:
     app.show(app.ask("config.reload"), print_changes)
 
 
-def switch_one(app: App, method: str, enabled: str) -> None:
-    name, names = app.options.name, app.load_config().providers
+@verb("provider enable", "use a provider", PROVIDER_ARGUMENT, example="provider enable kiro")
+@verb("provider disable", "do not use it", PROVIDER_ARGUMENT, example="provider disable kiro")
+def cmd_provider_switch(app: App) -> None:
+    """Enables or disables a provider, now and from now on; `enable` also ends its cool-downs.
+
+    Requests in flight finish.
+    """
+    name, names, method = app.options.name, app.load_config().providers, app.options.verb
     if name not in names:
         raise no_provider(name, names)
+    enabled = json.dumps(method == "enable")
     try:
-        app.ask(method, {"name": name})
+        app.ask(f"provider.{method}", {"name": name})
     except NotRunning:
         change_provider(app.paths, app.environ, name, enabled)
         tell(f"saved in {app.paths.config_file}")
-    state = "on" if enabled == "true" else "off"
+    state = "on" if method == "enable" else "off"
     tell(f"{name} is {state} (providers.{name}.enabled = {enabled})")
-
-
-@verb("provider enable", "use a provider", PROVIDER_ARGUMENT, example="provider enable kiro")
-def cmd_provider_enable(app: App) -> None:
-    """Enables a provider, now and from now on, and ends its cool-downs."""
-    switch_one(app, "provider.enable", "true")
-
-
-@verb("provider disable", "do not use it", PROVIDER_ARGUMENT, example="provider disable kiro")
-def cmd_provider_disable(app: App) -> None:
-    """Disables a provider, now and from now on; requests in flight finish."""
-    switch_one(app, "provider.disable", "false")
 
 
 @verb("provider list", "list them all", AS_JSON)

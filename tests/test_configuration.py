@@ -436,7 +436,6 @@ def test_what_only_looks_like_a_service_is_refused(name: str) -> None:
         ("127.0.0.1/v1", "a host name or an IP address"),
         ("*", "a host name or an IP address"),
         ("a b", "a host name or an IP address"),
-        (":::", "a host name or an IP address"),
     ],
 )
 def test_a_host_that_is_more_than_a_host_is_told(host: str, words: str) -> None:

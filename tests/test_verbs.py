@@ -276,12 +276,12 @@ def test_the_first_and_the_last_key_are_told_for_what_they_do(machine: Machine) 
     status = machine.start()
     assert fetch(status, "/v1/models").status == 200
     first = machine.run("config", "set", "api_keys.ci", "k1").out
-    assert "Clients must send a key from now on: api_key or one of api_keys.\n" in first
+    assert "From now on clients need a key: api_key or one of api_keys.\n" in first
     assert fetch(status, "/v1/models").status == 401
-    assert "Clients" not in machine.run("config", "set", "api_keys.laptop", "k2").out
-    assert "Clients" not in machine.run("config", "unset", "api_keys.laptop").out
+    assert "From now on" not in machine.run("config", "set", "api_keys.laptop", "k2").out
+    assert "From now on" not in machine.run("config", "unset", "api_keys.laptop").out
     last = machine.run("config", "unset", "api_keys.ci").out
-    assert "Clients need no key from now on.\n" in last
+    assert "From now on clients need no key: there is none.\n" in last
     assert fetch(status, "/v1/models").status == 200
 
 
