@@ -372,7 +372,8 @@ def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
         said = process.communicate(timeout=30)[1]
         assert process.returncode == 1 and "the gateway does not respond" in said, said
         assert f"process {pid} holds the lock but does not answer" in said
-        assert f"aiclient_api.py stop; or, if somebody has paused it: kill -CONT {pid}\n" in said
+        stop = "python3 -m aiclient_api stop"
+        assert f"end it with: {stop}; or, if somebody has paused it: kill -CONT {pid}\n" in said
     assert time.monotonic() - began < 20
     done = machine.run("stop")
     assert done.status == 0 and "killing it" in done.err, done
