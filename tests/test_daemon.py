@@ -374,10 +374,10 @@ def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
         assert f"process {pid} holds the lock but does not answer" in said
         stop = "python3 -m aiclient_api stop"
         assert f"end it with: {stop}; or, if somebody has paused it: kill -CONT {pid}\n" in said
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 45  # ten programs start at once
     done = machine.run("stop")
     assert done.status == 0 and "killing it" in done.err, done
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 60
     assert not is_alive(pid) and machine.processes() == []
 
 
