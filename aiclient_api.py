@@ -122,17 +122,7 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Generic,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TextIO,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -1021,9 +1011,7 @@ HOST_VALUE = re.compile(
 )
 TARGET = re.compile(r"[!-~]+")
 # A name or an address alone; two colons make it IPv6, whose zone may follow.
-HOST = re.compile(
-    r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:]+(?:[0-9]+(?:\.[0-9]+){3})?(?:%[\w.-]+)?"
-)
+HOST = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:.]+(?:%[\w.-]+)?")
 HOST_FORM = "a host name or an IP address, not a URL; the port goes into server.port"
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
@@ -1270,12 +1258,13 @@ class ConfigReader:
     def read_config(self, table: Json) -> Config:
         config = Config(origins=self.origins)
         self.fill(config, table, "")
-        providers = {f"limits.providers.{name}": name for name in config.limits.providers}
+        providers = [("default_provider", config.default_provider)]
+        providers += [(f"limits.providers.{name}", name) for name in config.limits.providers]
         for alias, targets in config.models.items():
-            for target in [targets] if isinstance(targets, str) else targets:
-                if "/" in target:
-                    providers[f'models."{alias}"'] = target.partition("/")[0]
-        for key, name in {"default_provider": config.default_provider, **providers}.items():
+            models = [targets] if isinstance(targets, str) else targets
+            prefixes = [model.partition("/")[0] for model in models if "/" in model]
+            providers += [(f'models."{alias}"', prefix) for prefix in prefixes]
+        for key, name in providers:
             if name not in config.providers:
                 reason = f"no such provider: {name}; {suggest(name, config.providers)}"
                 raise self.error(key, reason)
@@ -12282,15 +12271,14 @@ def open_trusted(path: str, *flags: str) -> int:
 
 def load_config_text(path: str) -> str:
     """The file with its line endings; "" if there is none.  Raises ConfigError."""
-    try:
-        with os.fdopen(open_trusted(path, "O_RDONLY"), encoding="utf-8", newline="") as file:
-            return file.read()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    with os_error_as(f"{path}: cannot be read", ConfigError):
+        try:
+            with os.fdopen(open_trusted(path, "O_RDONLY"), encoding="utf-8", newline="") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
@@ -16437,10 +16425,7 @@ class Gateway:
         }
 
     def log_access(self, request: Request, status: int, kind: str) -> None:
-        """Logs and counts a request: metadata only; `kind` as in UsageRecord.
-
-        The metric's labels are endpoints, not paths: ids, and unknown paths, share one label each.
-        """
+        """Metadata only; `kind` as in UsageRecord.  Ids, and unknown paths, share one metric."""
         path, _ = split_path(request.path)
         endpoint = self.endpoints.get(path)
         label = "other" if endpoint is None else path
@@ -17680,9 +17665,7 @@ def write_frame(peer: socket.socket, message: Json) -> None:
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
 
-def read_frame(
-    peer: socket.socket, seconds: float = CONTROL_SECONDS, limit: float = MAX_CONTROL_BYTES
-) -> bytes | None:
+def read_frame(peer: socket.socket, seconds: float, limit: float) -> bytes | None:
     """The next message, None at EOF; raises OSError on a timeout, ProgramError if it is too large.
 
     The deadline is for the whole message, so that a slow peer cannot keep its thread for long.
@@ -17754,7 +17737,8 @@ class ControlServer:
             def finish_request(self, request: Any, client_address: Any) -> None:
                 with contextlib.suppress(OSError):  # it hung up or timed out
                     try:
-                        while (data := read_frame(request)) is not None:
+                        limits = CONTROL_SECONDS, MAX_CONTROL_BYTES
+                        while (data := read_frame(request, *limits)) is not None:
                             write_frame(request, handler(data))
                     except ProgramError as error:
                         write_frame(request, {"ok": False, "error": str(error)})
@@ -17935,9 +17919,9 @@ def ask_daemon(
                 peer.connect(path)
                 if seconds > CONTROL_SECONDS:
                     write_frame(peer, {"method": "status"})
-                    read_frame(peer, limit=math.inf)
+                    read_frame(peer, CONTROL_SECONDS, math.inf)
                 write_frame(peer, {"method": method, "params": params or {}})
-                data = read_frame(peer, seconds, limit=math.inf)
+                data = read_frame(peer, seconds, math.inf)
         except TimeoutError:
             stop = f"{program_command()} stop"
             raise NotResponding(
@@ -18623,18 +18607,17 @@ def cmd_start(app: App) -> None:
     open_state(paths)
     log_file = os.path.abspath(options.log_file) if options.log_file else ""
     detached = not options.foreground
-    launch = Launch(
-        flags, program_command(), log_file or (paths.log_file if detached else ""), detached
-    )
+    program = program_command()
+    launch = Launch(flags, program, log_file or (paths.log_file if detached else ""), detached)
     while (lock := take_lock(paths.pid_file)) is None:
         status = await_daemon(paths)
         if status is not None:
             tell(f"aiclient-api is already running: {status['url']} (process {status['pid']})")
             different = different_flags(options, config, status)
             if different:
-                command = program_command()
+                names = ", ".join(different)
                 raise ProgramError(
-                    f"the flags were not applied: {', '.join(different)}; first run: {command} stop"
+                    f"the flags were not applied: {names}; first run: {program} stop"
                 )
             return
     launch.lock = lock
@@ -18705,9 +18688,8 @@ def cmd_restart(app: App) -> None:
     """Replaces the running process by a new one, with the same flags; no request is lost."""
     old = app.ask("status")
     new = app.ask("restart", seconds=START_SECONDS + CONTROL_SECONDS)
-    tell(
-        f"restarted: aiclient-api {new['version']} listening on {new['url']} (process {new['pid']})"
-    )
+    where = f"{new['url']} (process {new['pid']})"
+    tell(f"restarted: aiclient-api {new['version']} listening on {where}")
     if old["requests_in_flight"]:
         tell(f"process {old['pid']} finishes {count_requests(old['requests_in_flight'])} in flight")
 
@@ -19279,10 +19261,8 @@ def find_manager(app: App) -> ServiceManager:
 def run_manager(commands: list[list[str]]) -> None:
     """Raises ProgramError with the command's standard error."""
     for command in commands:
-        try:
+        with os_error_as(f"{command[0]} cannot be run"):
             result = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise ProgramError(f"{command[0]} cannot be run: {error.strerror}") from None
         if result.returncode:
             reason = redact(result.stderr.strip(), MAX_ERROR_TEXT)
             raise ProgramError(f"{' '.join(command)} failed: {reason or result.returncode}")
@@ -19467,7 +19447,7 @@ def parser_class() -> type[argparse.ArgumentParser]:
                 action, f"invalid choice: {value!r}; {suggest(str(value), action.choices)}"
             )
 
-        def error(self, message: str) -> NoReturn:
+        def error(self, message: str) -> Any:
             self.color = False  # of Python 3.14
             raise WrongUsage(message, *self.format_usage().splitlines())
 
@@ -19480,9 +19460,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="A local gateway: GitHub Copilot and Kiro as the OpenAI and Anthropic API.",
         epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running.",
     )
-    parser.add_argument(
-        "-V", "--version", action="store_true", help="show version, path and SHA-256"
-    )
+    parser.add_argument("-V", "--version", action="store_true", help="version, path and SHA-256")
     parser.set_defaults(run=None, help_of=parser)
     verbs = parser.add_subparsers(metavar="VERB", dest="verb")
     groups = {}

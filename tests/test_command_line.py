@@ -365,7 +365,7 @@ def test_config_set_says_what_overrides_the_file(machine: Machine) -> None:
             "copliot/gpt-4.1",
             'models."x": no such provider: copliot; did you mean copilot?',
         ),
-        ("models.x", "echo/echo,gh/gpt-4.1", "there are: copilot, kiro, echo"),
+        ("models.x", "echo/echo,gh/gpt-4.1,echo/echo", "there are: copilot, kiro, echo"),
         ("api_key", "", "to remove it: config unset api_key"),
         ("api_keys.ci", " ", "to remove it: config unset api_keys.ci"),
     ],
