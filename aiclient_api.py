@@ -12281,6 +12281,12 @@ def load_config_text(path: str) -> str:
             raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
+@functools.cache
+def warn_of_service(names: str) -> None:
+    """Once per process, not at every reload."""
+    log_event("warning", "service_variables_ignored", names=names)
+
+
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
     """The environment overrides the file, flags override both; raises ConfigError."""
     path = paths.config_file
@@ -12290,7 +12296,7 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
             make_private(file.fileno(), path, "config_file_with_secrets")
     ignored = apply_environment(config, environ)
     if ignored:
-        log_event("warning", "service_variables_ignored", names=",".join(ignored))
+        warn_of_service(",".join(ignored))
     apply_flags(config, flags)
     check_exposure(config)
     return config

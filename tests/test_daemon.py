@@ -168,6 +168,8 @@ def test_the_variables_of_a_kubernetes_service_cost_one_warning(machine: Machine
         "AICLIENT_API_PORT_9090_TCP_ADDR": "10.0.0.1",
     }
     machine.start(env=env)
+    machine.run("config", "reload")
+    assert machine.run("config", "set", "logging.level", "info", env=env).err.count("WARN") == 1
     (line,) = [row for row in machine.log().splitlines() if "service_variables_ignored" in row]
     assert line.endswith(" WARNING service_variables_ignored names=" + ",".join(sorted(env)))
 
