@@ -485,6 +485,12 @@ class ConfigError(ProgramError):
     """`source: key: what is wrong`."""
 
 
+class BadSetting(ConfigError):
+    """The command line gave a wrong key or value."""
+
+    exit_status = 2
+
+
 class SignInFailed(ProgramError):
     """Sign-in failed; nothing was changed."""
 
@@ -495,6 +501,10 @@ class CodeExpired(SignInFailed):
 
 class NotRunning(ProgramError):
     exit_status = 3
+
+
+class NotResponding(ProgramError):
+    """A process holds the lock, but is frozen."""
 
 
 class ApiError(Exception):
@@ -1067,6 +1077,13 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     return [by_lower[match] for match in matches]
 
 
+def suggest(name: str, candidates: Iterable[str]) -> str:
+    """The end of an error about an unknown name."""
+    names = list(candidates)
+    matches = [item for item in names if item.startswith(name)] or nearest(name, names, 1)
+    return f"did you mean {matches[0]}?" if matches else f"there are: {', '.join(names)}"
+
+
 # Each pattern matches a prefix of the secret, as the text may be truncated after it.
 SECRET_PATTERNS = re.compile(
     r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
@@ -1089,6 +1106,19 @@ def redact(text: str, limit: int) -> str:
     if any(map(lower.__contains__, SECRET_HINTS)):
         text = SECRET_PATTERNS.sub("[secret]", text)
     return text[:limit]
+
+
+# What could be a key or a token of some service: base64 or hexadecimal digits, and no path.
+KEY_LIKE = re.compile(r"[0-9a-f]{32,}|(?![/.~])(?=.*[0-9])(?=.*[a-z])(?=.*[A-Z])[\w+/=~-]{32,}")
+
+
+def mask_arguments(text: str, arguments: Iterable[str]) -> str:
+    """An error without those of the command line's words that look like a secret."""
+    for word in arguments:
+        value = re.sub(r"\A(?:--[\w-]+=|-\w)", "", word)
+        if KEY_LIKE.fullmatch(value) or redact(word, len(word)) != word:
+            text = text.replace(value, "[secret]")
+    return redact(text, len(text))
 
 
 def mask_secrets(text: str, known_secrets: Iterable[str]) -> str:
@@ -1129,6 +1159,9 @@ HOST_VALUE = re.compile(
     re.ASCII,
 )
 TARGET = re.compile(r"[!-~]+")
+# A name or an address alone; two colons make it IPv6, whose zone may follow.
+HOST = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:.]+(?:%[\w.-]+)?")
+HOST_FORM = "a host name or an IP address, not a URL; the port goes into server.port"
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 
@@ -1214,8 +1247,15 @@ def matching(pattern: re.Pattern[str], requirement: str) -> Check:
     return lambda value: "" if not value or pattern.fullmatch(value) else f"must be {requirement}"
 
 
-def setting(default: Any, check: Check, *, is_secret: bool = False) -> Any:
-    return field(default=default, repr=not is_secret, metadata={"check": check})
+def setting(default: Any, check: Check, *, is_secret: bool = False, normalize: Any = str) -> Any:
+    """`normalize` turns what people write into what the check accepts."""
+    metadata = {"check": check, "normalize": normalize}
+    return field(default=default, repr=not is_secret, metadata=metadata)
+
+
+def log_level(value: str) -> str:
+    """In any case; `warn`, as many programs spell it, is `warning`."""
+    return {"warn": "warning"}.get(value.lower(), value.lower())
 
 
 def seconds(default: float) -> Any:
@@ -1234,7 +1274,9 @@ def check_text(value: str) -> str:
 
 @dataclass(slots=True)
 class ServerConfig:
-    host: str = "127.0.0.1"
+    host: str = setting(
+        "127.0.0.1", matching(HOST, HOST_FORM), normalize=lambda value: value.strip("[]")
+    )
     port: int = setting(9090, between(0, MAX_PORT))
     #: between two requests of one client IP; 0 = off
     rate_limit_seconds: float = setting(0.0, between(0, 3600))
@@ -1263,7 +1305,9 @@ class CopilotConfig:
     type: str = "copilot"
     enabled: bool = True
     #: selects the host if the token response names none
-    account_type: str = setting("individual", one_of("individual", "business", "enterprise"))
+    account_type: str = setting(
+        "individual", one_of("individual", "business", "enterprise"), normalize=str.lower
+    )
     github_url: str = url(GITHUB_URL)
     github_api_url: str = url(GITHUB_API_URL)
     api_url: str = url()  #: "" = endpoints.api of the token response
@@ -1299,7 +1343,7 @@ class EchoConfig:
 
 @dataclass(slots=True)
 class LoggingConfig:
-    level: str = setting("info", one_of(*LOG_LEVELS))
+    level: str = setting("info", one_of(*LOG_LEVELS), normalize=log_level)
 
 
 @dataclass(slots=True)
@@ -1337,7 +1381,7 @@ class Config:
     """The checked configuration.  `repr` shows no secret."""
 
     #: where the endpoint does not determine it
-    default_format: str = setting("openai", one_of("openai", "anthropic"))
+    default_format: str = setting("openai", one_of("openai", "anthropic"), normalize=str.lower)
     default_provider: str = "copilot"
     api_key: str = field(default="", repr=False)  #: "" = no key required
     api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
@@ -1353,6 +1397,10 @@ class Config:
     #: dotted key -> origin of its value, unless it is the default; not a setting
     origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def needs_key(self) -> bool:
+        return bool(self.api_key or self.api_keys)
+
 
 # Tables whose keys are names chosen by the user.
 NAMED_TABLES = ("providers", "models", "api_keys", "limits.providers", "limits.labels")
@@ -1366,7 +1414,8 @@ class ConfigReader:
         self.origins: dict[str, str] = {}
 
     def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {key}: {problem}")
+        kind = BadSetting if self.source == "command line" else ConfigError
+        return kind(f"{self.source}: {key}: {problem}")
 
     def unknown_key(self, key: str, name: str, known_keys: Iterable[str]) -> ConfigError:
         known_keys = sorted(known_keys)
@@ -1377,11 +1426,16 @@ class ConfigReader:
     def read_config(self, table: Json) -> Config:
         config = Config(origins=self.origins)
         self.fill(config, table, "")
-        providers = {f"limits.providers.{name}": name for name in config.limits.providers}
-        for key, name in {"default_provider": config.default_provider, **providers}.items():
+        providers = [("default_provider", config.default_provider)]
+        providers += [(f"limits.providers.{name}", name) for name in config.limits.providers]
+        for alias, targets in config.models.items():
+            models = [targets] if isinstance(targets, str) else targets
+            prefixes = [model.partition("/")[0] for model in models if "/" in model]
+            providers += [(f'models."{alias}"', prefix) for prefix in prefixes]
+        for key, name in providers:
             if name not in config.providers:
-                available = ", ".join(config.providers)
-                raise self.error(key, f"no such provider; there are: {available}")
+                reason = f"no such provider: {name}; {suggest(name, config.providers)}"
+                raise self.error(key, reason)
         names = {secret: name for name, secret in config.api_keys.items()}
         for name, secret in config.api_keys.items():
             if names[secret] != name:
@@ -1400,7 +1454,7 @@ class ConfigReader:
                     current[entry_name] = self.read_entry(key, entry_name, entry)
             elif is_dataclass(current):
                 self.fill(current, self.require_table(value, key), key)
-            else:
+            elif not isinstance(value, str) or value.strip():  # otherwise as if it were not there
                 setattr(target, name, self.read_value(key, settings[name], value))
                 self.origins[key] = "file"
 
@@ -1422,7 +1476,7 @@ class ConfigReader:
         table = self.require_table(value, key)
         entry: Any = CapConfig()
         if path == "providers":
-            kind = table.get("type", name)
+            kind = table.get("type") or name
             if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
                 supported = ", ".join(sorted(PROVIDER_CONFIGS))
                 raise self.error(f"{key}.type", f"must be one of {supported}")
@@ -1432,13 +1486,15 @@ class ConfigReader:
 
     def read_value(self, key: str, item: Field[Any], value: Any) -> Any:
         kind, type_name = SETTING_TYPES[str(item.type)]
+        if isinstance(value, str):
+            value = item.metadata.get("normalize", str)(value.strip(" "))
         is_valid = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not is_valid or (kind is list and not all(isinstance(entry, str) for entry in value)):
             raise self.error(key, f"must be {type_name}")
         check: Check | None = item.metadata.get("check")
-        problem = check(value) if check else ""
-        if not problem and kind is str:
-            problem = check_text(value)
+        problem = check_text(value) if kind is str else ""
+        if not problem and check:
+            problem = check(value)
         if problem:
             raise self.error(key, problem)
         return float(value) if item.type == "float" else value
@@ -1514,32 +1570,50 @@ def override_setting(config: Config, source: str, origin: str, key: str, text: s
     config.origins[key] = origin
 
 
-def apply_environment(config: Config, environ: dict[str, str]) -> None:
-    """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
+# What Kubernetes (Service, "Environment variables") and Docker's links set for a service called
+# aiclient-api, or aiclient-api-X, in all containers.
+SERVICE_VARIABLE = re.compile(
+    r"(?:\w+_)?(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_[A-Z]+)?)=.*"
+    r"|(?:\w+_)?(?:PORT=(?:tcp|udp|sctp)://.*|NAME=/.*|ENV_\w+=.*)",
+    re.DOTALL,
+)
+
+
+def apply_environment(config: Config, environ: dict[str, str]) -> list[str]:
+    """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY.
+
+    An empty variable is one that is not set.  Returns the variables that belong to a service.
+    """
     keys = [key for key, _, _ in iter_settings(config)]
     names = {key.upper().replace(".", "_").replace("-", "_"): key for key in keys}
+    ignored = []
     for variable, text in sorted(environ.items()):
-        if variable.startswith(ENV_PREFIX):
-            name = variable.removeprefix(ENV_PREFIX)
-            name = ENV_SHORT.get(name, name)
-            if name not in names:
-                raise ConfigReader("environment").unknown_key(variable, name, names)
-            override_setting(config, "environment", variable, names[name], text)
+        name = variable.removeprefix(ENV_PREFIX)
+        if name == variable or not text.strip():
+            continue
+        key = names.get(ENV_SHORT.get(name, name))
+        is_address = text.startswith(("tcp://", "udp://", "sctp://"))
+        if SERVICE_VARIABLE.fullmatch(f"{name}={text}") and (key is None or is_address):
+            ignored.append(variable)
+        elif key is None:
+            raise ConfigReader("environment").unknown_key(variable, name, names)
+        else:
+            override_setting(config, "environment", variable, key, text)
+    return ignored
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
-    """None means not given; unknown keys are ignored: another version's process may pass them."""
+    """None and "" mean not given; unknown keys are ignored: another version may pass them."""
     for key in [key for key, _, _ in iter_settings(config)]:
-        text = flags.get(key)
-        if text is not None:
+        text = flags.get(key) or ""
+        if text.strip():
             flag = "--" + key.rpartition(".")[2].replace("_", "-")
             override_setting(config, "command line", flag, key, text)
 
 
 def check_exposure(config: Config) -> None:
     """Requires a key beyond loopback: anyone on the network could spend the subscription."""
-    keys = config.api_key.strip() or config.api_keys
-    if not keys and not is_loopback(config.server.host):
+    if not config.needs_key and not is_loopback(config.server.host):
         raise ConfigError(
             f"configuration: server.host: {config.server.host} can be reached from other machines; "
             "set api_key (or --api-key) first, or listen on 127.0.0.1"
@@ -1574,10 +1648,12 @@ def describe_settings(config: Config) -> list[Json]:
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    old_values, new_values = dict(effective_settings(old)), dict(effective_settings(new))
-    return sorted(
-        k for k in old_values.keys() | new_values.keys() if old_values.get(k) != new_values.get(k)
-    )
+    """Of a table that is only in one of them, the settings that it does not leave at default."""
+    values, new_values = dict(effective_settings(old)), dict(effective_settings(new))
+    common = values.keys() & new_values.keys()
+    changed = {key for key in common if values[key] != new_values[key]}
+    single = values.keys() ^ new_values.keys()
+    return sorted(changed | (single & (old.origins.keys() | new.origins.keys())))
 
 
 # 4.1 editing config.toml in place: comments and order are kept
@@ -1613,6 +1689,19 @@ def write_toml_path(path: Iterable[str]) -> str:
     return ".".join(part if TOML_BARE_KEY.fullmatch(part) else write_toml(part) for part in path)
 
 
+def parse_toml_lines(
+    lines: list[str],
+) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...], re.Match[str] | None]]:
+    """(line, table, key or (), match) of each line."""
+    table: tuple[str, ...] = ()
+    for line in lines:
+        match = TOML_LINE.fullmatch(line)
+        if match and match["header"]:
+            table = parse_toml_path(match["header"])
+        key = parse_toml_path(match["key"] + "=0") if match and match["key"] else ()
+        yield line, table, key, match
+
+
 def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
     """`text` with the value at `path` replaced, or added to its table.
 
@@ -1622,13 +1711,9 @@ def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
     newline = "\r\n" if "\r\n" in text else "\n"
     text += newline if text and not text.endswith("\n") else ""
     lines = text.split("\n")
-    table: tuple[str, ...] = ()
     table_end = None  # index of the line after the last one of the table that `path` belongs to
-    for index, line in enumerate(lines):
-        match = TOML_LINE.fullmatch(line)
-        if match and match["header"]:
-            table = parse_toml_path(match["header"])
-        elif match and (*table, *parse_toml_path(match["key"] + "=0")) == path:
+    for index, (line, table, key, match) in enumerate(parse_toml_lines(lines)):
+        if match and key and (*table, *key) == path:
             begin = match.start("value")
             end = begin + len(match["value"].rstrip())
             lines[index] = line[:begin] + write_toml(value) + line[end:]
@@ -1644,6 +1729,13 @@ def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
         table_end = comment[0].count("\n") if comment else 0
     lines.insert(table_end, new_line.removesuffix("\n"))
     return "\n".join(lines)
+
+
+def unset_toml(text: str, path: tuple[str, ...]) -> str:
+    """`text` without the setting or the table at `path`; as `set_toml` on single lines."""
+    rows = parse_toml_lines(text.split("\n"))
+    kept = (row for row in rows if not row[3] or (*row[1], *row[2])[: len(path)] != path)
+    return "\n".join(line for line, *_ in kept)
 
 
 def split_setting_key(key: str) -> tuple[str, ...]:
@@ -1668,23 +1760,31 @@ def setting_kind(config: Config, key: str, value: str) -> str:
     return next((str(item.type) for name, _, item in settings if name == target), "str")
 
 
-def change_setting(text: str, source: str, key: str, value: str) -> str:
-    """The edited `text`; raises ConfigError, also if parsing it again shows a failed edit."""
+def change_setting(text: str, source: str, key: str, value: str | None) -> str:
+    """The edited `text`, None removes the key; raises ConfigError, also if the edit fails."""
     config = read_config_text(text, source)
-    reader = ConfigReader(source)
-    parsed = parse_setting(value, setting_kind(config, key, value))
     path = split_setting_key(key)
     expected = tomllib.loads(text)
     table = expected
-    for part in path[:-1]:
-        table = reader.require_table(table.setdefault(part, {}), part)
-    table[path[-1]] = parsed
-    reader.read_config(expected)
-    edited = set_toml(text, path, parsed)
-    with contextlib.suppress(tomllib.TOMLDecodeError):
-        if tomllib.loads(edited) == expected:
+    try:
+        reader = ConfigReader(source)
+        for part in path[:-1]:
+            table = reader.require_table(table.setdefault(part, {}), part)
+        if value is not None:
+            table[path[-1]] = parse_setting(value, setting_kind(config, key, value))
+            edited = set_toml(text, path, table[path[-1]])
+        elif path[-1] in table:
+            del table[path[-1]]
+            edited = unset_toml(text, path)
+        else:
+            raise reader.error(key, "is not set here")
+        wanted = reader.read_config(expected)
+    except ConfigError as error:
+        raise BadSetting(str(error)) from None
+    with contextlib.suppress(ConfigError):
+        if read_config_text(edited, source) == wanted:
             return edited
-    raise reader.error(key, f"cannot be set in a file of this form; edit it: {write_toml(parsed)}")
+    raise reader.error(key, "cannot be changed in a file of this form; edit it")
 
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
@@ -10689,8 +10789,16 @@ class Router:
         if explicit_route:
             return [explicit_route]
         if header and header not in self.enabled:
+            state = "is disabled" if header in self.disabled else "is not a provider"
             available = ", ".join(self.enabled)
-            raise InvalidRequest(f"X-Provider: must be one of {available}.")
+            raise InvalidRequest(
+                f"X-Provider: {header[:64]!r} {state}; must be one of {available}."
+            )
+        disabled_route = self.split(name, self.disabled)
+        if disabled_route and not header and name not in self.aliases:
+            provider = disabled_route.provider
+            hint = f"The verb `provider enable {provider}` enables it."
+            raise ModelNotFound(f"The provider {provider!r} is disabled.", hint=hint, param="model")
         if header or name not in self.aliases:
             return [Route(header or "", name, bool(header))]
         targets = self.aliases[name]
@@ -10731,10 +10839,17 @@ class Router:
         return Route(provider, name, route.explicit), model
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
+        message = f"The model {name!r} does not exist here"
         model_ids = [model for models in catalogues.values() for model in models]
+        prefix, slash, model = name.partition("/")
+        if slash and prefix not in self.enabled:
+            message += f": there is no provider {prefix!r}"
+            model_ids += [f"{provider}/{model}" for provider in nearest(prefix, self.enabled, 1)]
+        elif self.default in self.disabled:
+            message += f", and the default provider {self.default!r} is disabled"
         suggestions = ", ".join(nearest(model_spellings(name)[-1], model_ids))
         hint = f"Nearest: {suggestions}." if suggestions else "GET /v1/models lists them."
-        return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
+        return ModelNotFound(f"{message}.", hint=hint, param="model")
 
 
 # Kinds of errors that are not the request's fault, so that another model may still serve it; the
@@ -12437,6 +12552,9 @@ class Request(RequestHead):
     label = ""
     #: its usage, once known
     usage_record: UsageRecord | None = None
+    #: the model that it was last tried with, and how that failed
+    route: Route | None = None
+    failure: ApiError | None = None
 
     def __init__(self, connection: ServerConnection, head: RequestHead, body: Body) -> None:
         super().__init__(head.method, head.target, head.path, head.query, head.minor, head.headers)
@@ -13004,15 +13122,22 @@ def open_trusted(path: str, *flags: str) -> int:
 
 def load_config_text(path: str) -> str:
     """The file with its line endings; "" if there is none.  Raises ConfigError."""
-    try:
-        with os.fdopen(open_trusted(path, "O_RDONLY"), encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    with os_error_as(f"{path}: cannot be read", ConfigError):
+        try:
+            with os.fdopen(
+                open_trusted(path, "O_RDONLY"), encoding="utf-8-sig", newline=""
+            ) as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: is not UTF-8 text") from None
+
+
+@functools.cache
+def warn_of_service(names: str) -> None:
+    """Once per process, not at every reload."""
+    log_event("warning", "service_variables_ignored", names=names)
 
 
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
@@ -13022,7 +13147,9 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     if config.api_keys or any(map(is_secret_setting, config.origins)):
         with os.fdopen(open_trusted(path, "O_RDONLY"), "rb") as file:
             make_private(file.fileno(), path, "config_file_with_secrets")
-    apply_environment(config, environ)
+    ignored = apply_environment(config, environ)
+    if ignored:
+        warn_of_service(",".join(ignored))
     apply_flags(config, flags)
     check_exposure(config)
     if not config.network.proxy:
@@ -13030,11 +13157,16 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     return config
 
 
-def program_command(argv0: str) -> str:
-    """What to type to run this program, for hints."""
-    name = os.path.basename(argv0)
-    is_file = name.endswith(".py") and name != "__main__.py"
-    return f"python3 {argv0}" if is_file else "aiclient-api"
+def program_command() -> str:
+    """What to type to run this program, as its user did: `python3 -m aiclient_api`."""
+    typed, size = sys.orig_argv, len(sys.orig_argv) - len(sys.argv) + 1
+    if size == 1:
+        return typed[0]  # in the background: see read_launch
+    if not sys.argv[0].endswith(".py") or os.path.basename(sys.argv[0]) == "__main__.py":
+        return "aiclient-api"
+    python = "python3" if "/" in typed[0] else typed[0]
+    arguments = sys.argv[:1] if "-c" in typed[:size] else typed[1:size]  # see reexecute
+    return shlex.join([python, *arguments])
 
 
 def make_private_dir(path: str) -> None:
@@ -13138,26 +13270,32 @@ def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
-    """Sets one key; on ConfigError nothing has changed."""
+def check_edit(text: str, path: str, environ: dict[str, str]) -> str:
+    """Returns `text`, unless it raises ConfigError."""
+    config = read_config_text(text, path)
+    apply_environment(config, environ)
+    check_exposure(config)
+    return text
+
+
+def change_config(paths: Paths, environ: dict[str, str], key: str, value: str | None) -> None:
+    """Sets one key, or removes it; on ConfigError nothing has changed."""
     path = paths.config_file
 
-    def edit(text: str) -> str:
-        text = change_setting(text, path, key, value)
-        config = read_config_text(text, path)
-        apply_environment(config, environ)
-        check_exposure(config)
-        return text
+    edit_config(
+        paths, lambda text: check_edit(change_setting(text, path, key, value), path, environ)
+    )
 
-    edit_config(paths, edit)
+
+def no_provider(name: str, names: Iterable[str]) -> WrongUsage:
+    return WrongUsage(f"providers.{name}: there is none; {suggest(name, names)}")
 
 
 def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
-    """Sets `enabled`, "true" or "false", of an existing provider; raises ConfigError."""
+    """Sets `enabled`, "true" or "false", of a provider; raises WrongUsage and ConfigError."""
     names = list(load_config(paths, environ, {}).providers)
     if name not in names:
-        reason = f"providers.{name}: there is none; there are: {', '.join(names)}"
-        raise ConfigError(f"{paths.config_file}: {reason}")
+        raise no_provider(name, names)
     change_config(paths, environ, f"providers.{name}.enabled", enabled)
 
 
@@ -13421,8 +13559,13 @@ class LogFilter:
 
 
 def open_log(path: str) -> TextIO:
-    """Raises OSError."""
-    return os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8", errors="replace")
+    """Raises ProgramError."""
+    try:
+        return os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise ProgramError(f"{path}: no log yet") from None
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
@@ -13431,7 +13574,7 @@ def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
     with contextlib.ExitStack() as stack:
         files = [file]
         for index in range(1, LOG_FILES):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ProgramError):
                 files.insert(0, stack.enter_context(open_log(f"{path}.{index}")))
         for log in files:
             tail.extend(filter(LogFilter(level).takes, log.read().splitlines()))
@@ -13441,11 +13584,8 @@ def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
 
 
 def load_log_tail(path: str, lines: int, level: str) -> list[str]:
-    try:
-        with open_log(path) as file:
-            return read_log_tail(file, path, lines, level)
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+    with open_log(path) as file:
+        return read_log_tail(file, path, lines, level)
 
 
 # 14.2 sign-ins shared with other programs
@@ -14318,13 +14458,19 @@ class Provider:
 
 
 @contextlib.contextmanager
-def advising(provider: Provider) -> Iterator[None]:
-    """Adds the command to type to a NotSignedIn."""
+def advising(provider: Provider, model_id: str = "") -> Iterator[None]:
+    """Adds the command to type to a NotSignedIn, and the nearest names to a ModelNotFound."""
     try:
         yield
     except NotSignedIn as error:
         error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
         raise
+    except ModelNotFound as error:
+        models = provider.listed() or {}
+        similar = nearest(model_spellings(model_id)[-1], models) if model_id not in models else []
+        if not model_id or not similar:
+            raise
+        raise error.with_hint(f"Nearest: {', '.join(similar)}. {error.hint}", None) from None
 
 
 Token = TypeVar("Token", CopilotToken, KiroLogin)
@@ -14475,7 +14621,7 @@ class AccountProvider(Provider, Generic[Token]):
     def __init__(self, name: str, config: Any, paths: Paths, client: HttpClient) -> None:
         super().__init__(name)
         name_option = "" if name == config.type else f" --name {name}"
-        self.sign_in = f"{program_command(sys.argv[0])} auth {config.type}{name_option}"
+        self.sign_in = f"{program_command()} auth {config.type}{name_option}"
         self.config = config
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
@@ -16575,12 +16721,14 @@ async def revoke_login(context: SignInContext, name: str) -> str:
     file = TokenFile(context.paths.token_file(name))
     folder = os.path.dirname(file.path)
     nothing = f"{name}: there is no sign-in to remove"
+    entry = context.config.providers.get(name)
+    if isinstance(entry, EchoConfig):
+        raise WrongUsage(f"{name}: responds locally and needs no sign-in")
     if not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
-        names = [row["name"] for row in account_rows(context.config, context.paths)]
-        if name in names:
+        if entry is not None:
             raise ProgramError(nothing)
-        similar = nearest(name, names, 1) or names
-        raise WrongUsage(f"{name}: no such provider; did you mean {similar[0]}?")
+        names = [row["name"] for row in account_rows(context.config, context.paths)]
+        raise no_provider(name, names)
     kind = "copilot"
     with contextlib.suppress(ProgramError):  # a damaged file is removed as well
         content = load_private_json(file.path) or {}
@@ -16594,9 +16742,12 @@ async def revoke_login(context: SignInContext, name: str) -> str:
                 os.rmdir(folder)
     if not removed:
         raise ProgramError(nothing)
+    forget = ""
+    if entry is not None and name not in PROVIDER_CONFIGS:
+        forget = f"  To remove the provider as well: {program_command()} provider remove {name}"
     return (
         f"Removed {', '.join(removed)}.  A running gateway stops using it.  "
-        f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}"
+        f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}{forget}"
     )
 
 
@@ -16669,8 +16820,8 @@ def failure_status(failure: BaseException | None) -> tuple[int, str]:
     if isinstance(failure, ApiError):
         return failure.status, failure.kind
     if isinstance(failure, WireError):
-        return failure.status, ""
-    if isinstance(failure, (asyncio.CancelledError, ConnectionError)):
+        return failure.status, InvalidRequest.kind
+    if isinstance(failure, (asyncio.CancelledError, ConnectionError, EOFError)):
         return 499, "cancelled"
     return (200, "") if failure is None else (500, ApiError.kind)
 
@@ -17351,29 +17502,30 @@ class Gateway:
 
     async def handle(self, request: Request) -> Response:
         """Sets the request id; logs and counts the request once its response has been sent."""
-        now = asyncio.get_running_loop().time
-        request.started_at = now()
+        request.started_at = asyncio.get_running_loop().time()
         request.id = "req_" + os.urandom(12).hex()
         try:
             response = await self.respond(request)
         except BaseException as error:
-            self.count_request(request, failure_status(error)[0])
+            failure = request.failure or error
+            stops = not request.connection.is_disconnected
+            if isinstance(failure, asyncio.CancelledError) and stops:
+                failure = Overloaded("The gateway is stopping.")
+            self.log_access(request, *failure_status(failure))
             raise
         response.headers.update(self.id_headers(request.id))
         stream = response.stream
         if stream is None:
-            self.log_access(request, response, now() - request.started_at, "ok")
-            self.count_request(request, response.status)
+            self.log_access(request, response.status, failure_status(request.failure)[1])
             return response
 
         async def stream_with_log(writer: ResponseWriter) -> None:
-            outcome = "cancelled"
+            kind = "cancelled"
             try:
                 await stream(writer)
-                outcome = "ok"
+                kind = failure_status(request.failure)[1]
             finally:
-                self.log_access(request, response, now() - request.started_at, outcome)
-                self.count_request(request, response.status)
+                self.log_access(request, response.status, kind)
 
         # Another object, or all of the request would be a cycle: garbage, but not freed at once.
         return replace(response, stream=stream_with_log)
@@ -17387,10 +17539,10 @@ class Gateway:
             else:
                 response = await self.dispatch(request)
         except RecursionError:
-            error = InvalidRequest("The request is nested too deeply.")
+            nested = InvalidRequest("The request is nested too deeply.")
+            response = self.write_error(nested, request)
+        except ApiError as error:
             response = self.write_error(error, request)
-        except ApiError as caught:
-            response = self.write_error(caught, request)
         response.headers.update(self.shield.cors_headers(request))
         return response
 
@@ -17401,7 +17553,7 @@ class Gateway:
         if self.keys and not (endpoint and endpoint.is_open and method == "GET"):
             request.key_name = self.check_key(request)
         if endpoint is None:
-            hint = "See README.md for the endpoints."
+            hint = f"There are: {', '.join(self.endpoints)}."
             raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
         if endpoint.is_costly and method == "POST":
             now = time.monotonic()
@@ -17440,24 +17592,25 @@ class Gateway:
             "X-Content-Type-Options": "nosniff",
         }
 
-    def count_request(self, request: Request, status: int) -> None:
-        """Labels are endpoints, not paths: ids, and unknown paths, share one label each."""
+    def log_access(self, request: Request, status: int, kind: str) -> None:
+        """Metadata only; `kind` as in UsageRecord.  Ids, and unknown paths, share one metric."""
         path, _ = split_path(request.path)
-        label = path if path in self.endpoints else "other"
+        endpoint = self.endpoints.get(path)
+        label = "other" if endpoint is None else path
         self.ledger.metrics.count_request(label, request.method, status)
-
-    def log_access(
-        self, request: Request, response: Response, seconds: float, outcome: str
-    ) -> None:
-        """Metadata only."""
-        headers, cost = response.headers, dict[str, str]()
-        endpoint = self.endpoints.get(split_path(request.path)[0])
-        is_quiet = endpoint is not None and endpoint.is_polled and response.status < 400
+        details = {"provider": "-", "model": "-"}
+        if request.route is not None:
+            details = {"provider": request.route.provider or "-", "model": request.route.model}
         if request.usage_record is not None:
             usage = request.usage_record.usage
-            cost = {"input": str(usage.prompt), "output": str(usage.output)}
+            details |= {"input": str(usage.prompt), "output": str(usage.output)}
             if usage.credits_source:
-                cost["credits"] = f"{usage.nano_credits / 1e9:.6g}"
+                details["credits"] = f"{usage.nano_credits / 1e9:.6g}"
+        if kind:
+            details["kind"] = kind
+        end = {"": "ok", "cancelled": "cancelled"}.get(kind, "error")
+        is_quiet = endpoint is not None and endpoint.is_polled and end == "ok"
+        seconds = asyncio.get_running_loop().time() - request.started_at
         log_event(
             "debug" if is_quiet else "info",
             "request",
@@ -17465,12 +17618,10 @@ class Gateway:
             client=request.client,
             method=request.method,
             path=request.path[:200],
-            status=response.status,
+            status=status,
             ms=f"{seconds * 1000:.1f}",
-            provider=headers.get("x-aiclient-provider", "-"),
-            model=headers.get("x-aiclient-model", "-"),
-            **cost,
-            end=outcome,
+            **details,
+            end=end,
         )
 
     # -- responses that need no upstream
@@ -17495,6 +17646,8 @@ class Gateway:
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
         dialect = self.dialect_of(request)
+        if request is not None:
+            request.failure = error
         error.message = mask_secrets(error.message[:MAX_ERROR_TEXT], self.secrets())
         request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
@@ -17740,8 +17893,10 @@ class Gateway:
         """
         failures: list[tuple[str, ApiError]] = []
         for route in routes:
+            request.route, request.failure = route, None
             try:
                 provider, model = await self.find_model(request, name, route)
+                request.route = Route(provider.name, model.id, True)
                 if not provider.local:  # a local provider costs nothing
                     label = request.label = self.label(request)
                     uncounted, body_hash = body_hash, None  # counted once, even if refused
@@ -17966,7 +18121,7 @@ class Exchange:
 
     async def open(self) -> bytes:
         """Returns the client's first bytes, or all of them if the upstream does not stream."""
-        with advising(self.provider):
+        with advising(self.provider, self.call.model.id):
             self.source = await self.provider.open(self.call)
         piece = await self.source.read_some()
         self.first_byte_at = asyncio.get_running_loop().time()
@@ -18079,6 +18234,8 @@ class Exchange:
 
     def finish(self, failure: BaseException | None) -> None:
         self.request.cancel_on_disconnect(False)
+        if isinstance(failure, ApiError):
+            self.request.failure = failure
         if self.source is not None:
             self.source.close(self.translator.is_complete)
         if self.recorded:
@@ -18130,7 +18287,7 @@ class Launch:
 
     #: from the command line; the key may be among them: never in argv or in a file
     flags: dict[str, str | None] = field(default_factory=dict, repr=False)
-    program: str = "aiclient-api"  #: argv[0], for hints on what to type
+    program: str = "aiclient-api"  #: what its user types to run it, for hints
     log_file: str = ""  #: "" = standard error
     detached: bool = False
     host: str = ""  #: as configured when the sockets were opened
@@ -18369,7 +18526,7 @@ def read_launch(data: bytes) -> Launch:
     values = json.loads(data)
     names = {item.name for item in fields(Launch)}  # another version may have others
     launch = Launch(**{name: value for name, value in values.items() if name in names})
-    sys.argv[:] = [launch.program]
+    sys.argv[:] = sys.orig_argv[:] = [launch.program]
     devnull = os.open(os.devnull, os.O_RDWR)
     os.dup2(devnull, 0)
     os.dup2(devnull, 1)
@@ -18474,6 +18631,8 @@ class Daemon:
         self.paths = paths
         self.environ = dict(os.environ)
         self.config = config
+        #: `config` with the address in the file, which takes effect with the next process
+        self.loaded_config = config
         self.log_file = log_file
         self.ticker = Ticker()
         self.client = HttpClient(config.network, self.ticker)
@@ -18576,11 +18735,13 @@ class Daemon:
         `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight finish with what they
         started with; a provider whose table is the same is reused, with its tokens and models.
         """
-        new = load_config(self.paths, self.environ, self.launch.flags)
-        changed = changed_settings(self.config, new)
+        loaded = load_config(self.paths, self.environ, self.launch.flags)
+        changed = changed_settings(self.loaded_config, loaded)
         pinned = [key for key in ("server.host", "server.port") if key in changed]
-        new.server.host, new.server.port = self.config.server.host, self.config.server.port
+        host, port = self.config.server.host, self.config.server.port
+        new = replace(loaded, server=replace(loaded.server, host=host, port=port))
         check_exposure(new)
+        self.loaded_config = loaded
         old, self.config = self.config, new
         providers, client = self.gateway.providers, self.client
         reused: dict[str, Provider] = {}
@@ -18675,7 +18836,7 @@ class Daemon:
             "requests_in_flight": self.server.count_busy(),
             "cpu_s": round(time.process_time(), 3),
             **process_usage(),
-            "needs_key": bool(config.api_key or config.api_keys),
+            "needs_key": config.needs_key,
             "detached": self.launch.detached,
             "config_file": self.paths.config_file,
             "log_file": self.launch.log_file or None,
@@ -18688,6 +18849,7 @@ class Daemon:
                 self.provider_status(name, config.providers[name], provider)
                 for name, provider in providers
             ],
+            "disabled": [name for name in config.providers if name not in self.gateway.providers],
             "warnings": [
                 text
                 for name, provider in providers
@@ -18727,12 +18889,12 @@ def write_frame(peer: socket.socket, message: Json) -> None:
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
 
-def read_frame(peer: socket.socket) -> bytes | None:
+def read_frame(peer: socket.socket, seconds: float, limit: float) -> bytes | None:
     """The next message, None at EOF; raises OSError on a timeout, ProgramError if it is too large.
 
-    The deadline is for the whole message, so that a slow client cannot keep its thread for long.
+    The deadline is for the whole message, so that a slow peer cannot keep its thread for long.
     """
-    deadline, data, size = time.monotonic() + CONTROL_SECONDS, b"", 4
+    deadline, data, size = time.monotonic() + seconds, b"", 4
     while len(data) < size:
         peer.settimeout(max(0.001, deadline - time.monotonic()))
         piece = peer.recv(min(size - len(data), RECV_BYTES))
@@ -18741,8 +18903,8 @@ def read_frame(peer: socket.socket) -> bytes | None:
         data += piece
         if size == len(data) == 4:
             size += int.from_bytes(data, "big")
-            if size - 4 > MAX_CONTROL_BYTES:
-                problem = f"a message may have {MAX_CONTROL_BYTES} bytes, not {size - 4}"
+            if size - 4 > limit:
+                problem = f"a message may have {limit} bytes, not {size - 4}"
                 raise ProgramError(problem)
     return data[4:]
 
@@ -18799,7 +18961,8 @@ class ControlServer:
             def finish_request(self, request: Any, client_address: Any) -> None:
                 with contextlib.suppress(OSError):  # it hung up or timed out
                     try:
-                        while (data := read_frame(request)) is not None:
+                        limits = CONTROL_SECONDS, MAX_CONTROL_BYTES
+                        while (data := read_frame(request, *limits)) is not None:
                             write_frame(request, handler(data))
                     except ProgramError as error:
                         write_frame(request, {"ok": False, "error": str(error)})
@@ -18955,14 +19118,18 @@ def open_control(daemon: Daemon, path: str) -> ControlServer:
 
 
 def not_running() -> NotRunning:
-    start = f"{program_command(sys.argv[0])} start"
+    start = f"{program_command()} start"
     return NotRunning(f"the gateway is not running; start it with: {start}")
 
 
 def ask_daemon(
     paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_SECONDS
 ) -> Json:
-    """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
+    """The `data` of the running daemon's response; raises NotRunning and ProgramError.
+
+    If the response may take longer than CONTROL_SECONDS, the status is asked for first: a frozen
+    process raises NotResponding without waiting that long.
+    """
     if fcntl is None:
         raise ProgramError("this platform has no Unix sockets, which this command needs")
     problem = "the gateway is just starting or stopping; try again in a moment"
@@ -18971,18 +19138,25 @@ def ask_daemon(
         if not path:
             break
         try:
-            with socket.socket(socket.AF_UNIX) as peer, peer.makefile("rb") as stream:
+            with socket.socket(socket.AF_UNIX) as peer:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
+                if seconds > CONTROL_SECONDS:
+                    write_frame(peer, {"method": "status"})
+                    read_frame(peer, CONTROL_SECONDS, math.inf)
                 write_frame(peer, {"method": method, "params": params or {}})
-                peer.settimeout(seconds)
-                size = int.from_bytes(stream.read(4), "big")
-                data = stream.read(size)
+                data = read_frame(peer, seconds, math.inf)
+        except TimeoutError:
+            stop = f"{program_command()} stop"
+            raise NotResponding(
+                f"the gateway does not respond: process {pid} holds the lock but does not answer; "
+                f"end it with: {stop}; or, if somebody has paused it: kill -CONT {pid}"
+            ) from None
         except OSError as error:
             reason = error.strerror or str(error)
             problem = f"the gateway (process {pid}) does not respond: {reason}"
             break
-        if data and len(data) == size:
+        if data:
             response = load_object(data) or {}
             if response.get("ok") is not True:
                 raise ProgramError(str(response.get("error")))
@@ -19094,7 +19268,8 @@ def print_table(columns: Columns, rows: list[Json], spare: tuple[str, ...] = ())
     print(coloured("\n".join(table_lines(table))))
 
 
-def print_ready(status: Json) -> None:
+def print_ready(status: Json, key_name: str) -> None:
+    """`key_name` is the setting with a key that its user may not know."""
     url = status["url"]
     tell(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
     for row in status["providers"]:
@@ -19104,9 +19279,12 @@ def print_ready(status: Json) -> None:
     print("Try it:")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
     print("""    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""")
+    if key_name:
+        show_key = f"{program_command()} config get {key_name} --reveal"
+        tell(f"Clients must send your key; to see it: {show_key}")
     tell(f"In a browser, {url}/ shows accounts, usage and recent requests.")
     if status["detached"]:
-        tell(f"It logs to {status['log_file']}; stop it with: {program_command(sys.argv[0])} stop")
+        tell(f"It logs to {status['log_file']}; stop it with: {program_command()} stop")
     sys.stdout.flush()
 
 
@@ -19151,6 +19329,9 @@ def print_status(status: Json) -> None:
         tell(f"             {status['log_lines_dropped']} lines could not be written")
     print()
     print_table(STATUS_COLUMNS, status["providers"])
+    if status["disabled"]:
+        names = ", ".join(status["disabled"])
+        tell(f"disabled: {names}; to use one: {program_command()} provider enable NAME")
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
             tell(f"{row['name']}: {row['reason']}")
@@ -19381,7 +19562,7 @@ def print_changes(changes: Json) -> None:
     tell("changed: " + (", ".join(changes["changed"]) or "nothing"))
     if changes["needs_restart"]:
         keys = ", ".join(changes["needs_restart"])
-        tell(f"{keys}: takes effect after: {program_command(sys.argv[0])} restart")
+        tell(f"{keys}: takes effect after: {program_command()} restart")
 
 
 class App:
@@ -19393,6 +19574,7 @@ class App:
         self.paths = find_paths(self.environ)
 
     def load_config(self, flags: dict[str, str | None] | None = None) -> Config:
+        start_log("warning")
         return load_config(self.paths, self.environ, flags or {})
 
     def ask(
@@ -19438,6 +19620,12 @@ class Verb(NamedTuple):
     example: str
 
 
+GROUPS = {
+    "auth": "sign in to Copilot and Kiro; list and remove sign-ins",
+    "config": "show and change settings",
+    "provider": "switch providers on and off",
+    "service": "run at login",
+}
 VERBS: list[Verb] = []
 
 
@@ -19470,11 +19658,8 @@ async def serve(
 
     `report` gets the status when all is ready, and returns whether it was read.
     """
-    try:
+    with os_error_as(f"{launch.log_file}: the log cannot be written"):
         log_file = start_log(config.logging.level, launch.log_file, launch.detached)
-    except OSError as error:
-        where = launch.log_file
-        raise ProgramError(f"{where}: the log cannot be written: {error.strerror}") from None
     raise_descriptor_limit()
     daemon = Daemon(launch, paths, config, log_file)
     mask_in_log(lambda: daemon.gateway.secrets())
@@ -19516,6 +19701,7 @@ def main_detached(launch_json: bytes) -> int:
         return was_read
 
     os.umask(0o077)
+    start_log("info")  # standard error is the log
     try:
         environ = dict(os.environ)
         paths = find_paths(environ)
@@ -19541,6 +19727,8 @@ def await_daemon(paths: Paths) -> Json | None:
             problem = ProgramError(f"process {status.get('pid')} is still stopping; see: status")
         except NotRunning:
             return None
+        except NotResponding:
+            raise
         except ProgramError as error:
             problem = error
         if time.monotonic() > deadline:
@@ -19548,16 +19736,34 @@ def await_daemon(paths: Paths) -> Json | None:
         time.sleep(POLL_SECONDS)
 
 
-def ask_health(url: str) -> bool:
+def ask_health(url: str, key: str = "") -> bool:
+    """Whether the gateway responds; with `key`, whether it accepts it."""
+    path = "/v1/status" if key else "/healthz"
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n"
     parts = urllib.parse.urlsplit(url)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname)
     try:
         with socket.create_connection((host, parts.port), HEALTH_SECONDS) as peer:
-            peer.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            peer.sendall(f"{head}Connection: close\r\n\r\n".encode())
             with peer.makefile("rb") as stream:
                 return stream.read(12).endswith(b" 200")
     except OSError:
         return False
+
+
+def different_flags(options: argparse.Namespace, config: Config, status: Json) -> list[str]:
+    """The flags of `start` by which a running gateway differs from the one asked for."""
+    server, url, key = config.server, urllib.parse.urlsplit(status["url"]), options.api_key
+    has_key = key and status["needs_key"] and ask_health(status["url"], config.api_key)
+    log_file = options.log_file and os.path.abspath(options.log_file)
+    is_different = {
+        "--foreground": options.foreground,
+        "--host": options.host and url.hostname != server.host.lower(),
+        "--port": options.port and server.port not in (0, url.port),
+        "--api-key": key and not has_key,
+        "--log-file": log_file and log_file != status["log_file"],
+    }
+    return [flag for flag, differs in is_different.items() if differs]
 
 
 def last_lines(path: str, offset: int) -> tuple[str, ...]:
@@ -19571,12 +19777,10 @@ def last_lines(path: str, offset: int) -> tuple[str, ...]:
     return tuple(f"  {line}" for line in lines[-10:])
 
 
-def start_detached(launch: Launch, paths: Paths) -> None:
+def start_detached(launch: Launch, paths: Paths) -> Json:
     log = launch.log_file
-    try:
+    with os_error_as(f"{log}: the log cannot be written"):
         log_file = start_log("info", log)
-    except OSError as error:
-        raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
     assert log_file is not None
     offset = log_file.size
     status = start_process(launch, paths, log_file.handle, detach=True)
@@ -19589,7 +19793,7 @@ def start_detached(launch: Launch, paths: Paths) -> None:
     if not ask_health(status["url"]):
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
         raise ProgramError(f"{status['url']} does not respond", *last_lines(log, offset))
-    print_ready(status)
+    return status
 
 
 KEY_VARIABLE = "AICLIENT_START_KEY"
@@ -19670,7 +19874,8 @@ def cmd_start(app: App) -> None:
     config = app.load_config(flags)
     log_file = os.path.abspath(options.log_file) if options.log_file else ""
     detached = not options.foreground
-    launch = Launch(flags, sys.argv[0], log_file or (paths.log_file if detached else ""), detached)
+    program = program_command()
+    launch = Launch(flags, program, log_file or (paths.log_file if detached else ""), detached)
     has_state = open_state(paths, is_required=detached)
     if not has_state:
         paths.usage_file = IN_MEMORY
@@ -19678,8 +19883,12 @@ def cmd_start(app: App) -> None:
         status = await_daemon(paths)
         if status is not None:
             tell(f"aiclient-api is already running: {status['url']} (process {status['pid']})")
-            if options.foreground or log_file or any(v is not None for v in flags.values()):
-                raise ProgramError("the flags were not applied; stop it first, or restart it")
+            different = different_flags(options, config, status)
+            if different:
+                names = ", ".join(different)
+                raise ProgramError(
+                    f"the flags were not applied: {names}; first run: {program} stop"
+                )
             return
     launch.lock = lock
     if not detached:
@@ -19691,15 +19900,20 @@ def cmd_start(app: App) -> None:
     is_first_start = accounts and all(row["health"] == "not signed in" for row in accounts)
     if is_first_start and Console().interactive:
         run_account_command(app, offer_sign_in, config)
+    key_name = "api_key" if config.api_key else next((f"api_keys.{n}" for n in config.api_keys), "")
     if detached:
-        start_detached(launch, paths)
+        print_ready(start_detached(launch, paths), "" if options.api_key else key_name)
         return
 
     def report(status: Json) -> bool:
-        print_ready(status)
+        print_ready(status, "" if options.api_key else key_name)
         return True
 
     run_in_loop(serve(launch, paths, config, listeners, report))
+
+
+def count_requests(count: int) -> str:
+    return f"{count} request{'s' if count != 1 else ''}"
 
 
 @verb("stop", "stop after in-flight requests finish")
@@ -19712,8 +19926,18 @@ def cmd_stop(app: App) -> None:
         drain_s = app.load_config().server.drain_seconds
     except ConfigError:
         drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
-    deadline = time.monotonic() + drain_s + KILL_AFTER_SECONDS
-    signum, signalled = signal.SIGTERM, set()
+    in_flight = 0
+    try:
+        in_flight = app.ask("status")["requests_in_flight"]
+    except NotResponding:
+        drain_s = 0.0
+    except ProgramError:
+        pass  # just starting or stopping
+    if in_flight:
+        waiting = f"waiting up to {drain_s:g} s (Ctrl-C: do not wait; it still stops)"
+        print(f"{count_requests(in_flight)} in flight; {waiting}", file=sys.stderr)
+    drained_at = time.monotonic() + drain_s
+    deadline, signum, signalled = drained_at + KILL_AFTER_SECONDS, signal.SIGTERM, set()
     while is_locked(path):
         pid, _ = read_pid_file(path)
         if pid and (pid, signum) not in signalled:  # a successor may have taken over meanwhile
@@ -19725,13 +19949,19 @@ def cmd_stop(app: App) -> None:
             print(f"process {pid} did not exit in time; killing it", file=sys.stderr)
             signum, deadline = signal.SIGKILL, time.monotonic() + KILL_AFTER_SECONDS
         time.sleep(POLL_SECONDS)
-    print("stopped")
+    is_late = in_flight and time.monotonic() > drained_at
+    print("stopped; requests that had not finished were cut off" if is_late else "stopped")
 
 
 @verb("restart", "restart without dropping requests")
 def cmd_restart(app: App) -> None:
     """Replaces the running process by a new one, with the same flags; no request is lost."""
-    print_ready(app.ask("restart", seconds=START_SECONDS + CONTROL_SECONDS))
+    old = app.ask("status")
+    new = app.ask("restart", seconds=START_SECONDS + CONTROL_SECONDS)
+    where = f"{new['url']} (process {new['pid']})"
+    tell(f"restarted: aiclient-api {new['version']} listening on {where}")
+    if old["requests_in_flight"]:
+        tell(f"process {old['pid']} finishes {count_requests(old['requests_in_flight'])} in flight")
 
 
 @verb("status", "show the gateway and its providers", AS_JSON)
@@ -19752,7 +19982,6 @@ def run_account_command(
     """
     if config is None:
         config = app.load_config()
-        start_log("warning")
     old_providers = dict(config.providers)
     browser = getattr(app.options, "browser", True)
 
@@ -19869,12 +20098,11 @@ def cmd_auth_import(app: App) -> None:
 def cmd_auth_list(app: App) -> None:
     """Lists the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
     config = app.load_config()
-    start_log("warning")
     accounts = account_rows(config, app.paths)
     app.show({"accounts": accounts}, lambda data: print_table(ACCOUNT_COLUMNS, data["accounts"]))
 
 
-@verb("auth revoke", "remove a sign-in", PROVIDER_ARGUMENT)
+@verb("auth revoke", "remove a sign-in", PROVIDER_ARGUMENT, example="auth revoke copilot")
 def cmd_auth_revoke(app: App) -> None:
     """Removes a sign-in from this machine, and says where to end it at the vendor."""
     tell(run_account_command(app, lambda context: revoke_login(context, app.options.name)))
@@ -19900,6 +20128,7 @@ def cmd_models(app: App) -> None:
     flag("--csv", "comma-separated values"),
     AS_JSON,
     flag("--reset", "start counting anew; limits keep counting"),
+    flag("--yes", "do not ask before a reset"),
     example="usage --since 7d --by day",
 )
 def cmd_usage(app: App) -> None:
@@ -19909,28 +20138,29 @@ def cmd_usage(app: App) -> None:
     settings["cache"] = int(options.cache)
     params = {name: str(value) for name, value in settings.items() if value}
     try:
+        query = read_usage_query(params, time.time())
+    except ApiError as error:
+        raise WrongUsage(error.text()) from None
+    if options.reset and sys.stdin.isatty() and sys.stdout.isatty():
+        total = app.ask("usage", seconds=CONTROL_WORK_SECONDS)["total"]["request_count"]
+        counted = f"the usage of {count_requests(total)}"
+        if not options.yes and not confirm(f"Forget {counted}?"):
+            raise ProgramError("nothing was changed")
+        app.ask("usage", {"reset": True}, CONTROL_WORK_SECONDS)
+        tell(f"forgot {counted}; limits keep counting")
+        return
+    try:
         report = app.ask("usage", {**params, "reset": options.reset}, CONTROL_WORK_SECONDS)
     except NotRunning:
         if options.reset or options.cache or not os.path.exists(path):
             raise
-        report = load_usage(path, params)
+        store = UsageStore(path)
+        report = {**store.report(query, time.time()), "limits": []}
+        store.close()
     if options.csv:
         print_usage_csv(report)
     else:
         app.show(report, print_cache if options.cache else print_usage)
-
-
-def load_usage(path: str, params: dict[str, str]) -> Json:
-    """From the file, without a gateway; raises ProgramError."""
-    now = time.time()
-    try:
-        query = read_usage_query(params, now)
-    except ApiError as error:
-        raise ProgramError(error.text()) from None
-    store = UsageStore(path)
-    report = {**store.report(query, now), "limits": []}
-    store.close()
-    return report
 
 
 @verb("quota", "show what is left of your plans", AS_JSON)
@@ -19969,13 +20199,16 @@ def ask_line(question: str, default: str) -> str:
     return input(f"{question} [{default}]: ").strip() or default
 
 
+def confirm(question: str, default: str = "no") -> bool:
+    return ask_line(f"{question} (yes, no)", default).lower() in ("y", "yes")
+
+
 def ask_settings() -> dict[str, str]:
     """Setting -> text, as for `change_setting`."""
     print("Which service should serve models whose name does not tell?")
     settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
     settings["server.port"] = ask_line("Port to listen on", "9090")
-    answer = ask_line("Should programs have to send a key?  Yes generates one (yes, no)", "no")
-    if answer.lower() in ("y", "yes"):
+    if confirm("Should programs have to send a key?  Yes generates one"):
         settings["api_key"] = "sk-local-" + os.urandom(24).hex()
     return settings
 
@@ -19999,7 +20232,7 @@ def cmd_config_init(app: App) -> int:
     for key, value in (ask_settings() if interactive else defaults).items():
         text = change_setting(text, path, key, value)
     print(f"\n{path}:\n\n{text}")
-    if interactive and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
+    if interactive and not confirm("Write it", "yes"):
         print("nothing was written")
         return 1
     edit_config(app.paths, lambda _: text)
@@ -20017,20 +20250,61 @@ def cmd_config_show(app: App) -> None:
     app.show(settings, lambda data: print_table(SETTING_COLUMNS, data["settings"]))
 
 
+KEY_ARGUMENT = argument("key", "as config show prints it", metavar="KEY")
+
+
+@verb(
+    "config get",
+    "print one setting",
+    KEY_ARGUMENT,
+    flag("--reveal", "also if it is secret"),
+    example="config get server.port",
+)
+def cmd_config_get(app: App) -> None:
+    """Prints one setting as the file and the environment of this shell determine it."""
+    key, settings = app.options.key, dict(effective_settings(app.load_config()))
+    if key not in settings:
+        raise WrongUsage(f"{key}: no such setting; {suggest(key, settings)}")
+    value = settings[key]
+    if is_secret_setting(key) and value and not app.options.reveal:
+        value = "(set; --reveal shows it)"
+    print(value if isinstance(value, str) else write_toml(value))
+
+
 @verb(
     "config set",
     "change one setting",
-    argument("key", "as config show prints it", metavar="KEY"),
+    KEY_ARGUMENT,
     argument("value", "lists with commas; - reads it from standard input", metavar="VALUE"),
     example="config set server.drain_seconds 60",
 )
+@verb("config unset", "back to its default", KEY_ARGUMENT, example="config unset server.port")
 def cmd_config_set(app: App) -> None:
-    """Changes one setting in the file, keeps everything else in it, and applies it at once."""
-    value = app.options.value
+    """Changes one setting, or removes it from the file, keeps everything else in it, applies it."""
+    key, value = app.options.key, getattr(app.options, "value", None)
+    needed_key = app.load_config().needs_key
     if value == "-":
         value = sys.stdin.readline().rstrip("\r\n")
-    change_config(app.paths, app.environ, app.options.key, value)
-    report_saved(app, app.options.key)
+    if is_secret_setting(key) and value is not None and not value.strip():
+        raise WrongUsage(f"{key}: the value is empty; to remove it: config unset {key}")
+    change_config(app.paths, app.environ, key, value)
+    report_saved(app, key)
+    if app.load_config().needs_key != needed_key:
+        need = "no key: there is none" if needed_key else "a key: api_key or one of api_keys"
+        tell(f"From now on clients need {need}.")
+
+
+@verb("config edit", "change the file in your editor")
+def cmd_config_edit(app: App) -> None:
+    """Opens the file in $VISUAL or $EDITOR, then checks and applies it."""
+    edit_config(app.paths, lambda text: text)  # creates it
+    editor = app.environ.get("VISUAL") or app.environ.get("EDITOR") or "vi"
+    try:
+        subprocess.run([*shlex.split(editor), app.paths.config_file], check=True)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise ProgramError(f"{editor}: {error}") from None
+    app.load_config()  # raises what is wrong with it
+    report_saved(app)
 
 
 @verb("config reload", "read the configuration again", AS_JSON)
@@ -20039,24 +20313,56 @@ def cmd_config_reload(app: App) -> None:
     app.show(app.ask("config.reload"), print_changes)
 
 
-def switch_one(app: App, method: str, enabled: str) -> None:
+@verb("provider enable", "use a provider", PROVIDER_ARGUMENT, example="provider enable kiro")
+@verb("provider disable", "do not use it", PROVIDER_ARGUMENT, example="provider disable kiro")
+def cmd_provider_switch(app: App) -> None:
+    """Enables or disables a provider, now and from now on; `enable` also ends its cool-downs.
+
+    Requests in flight finish.
+    """
+    name, names, method = app.options.name, app.load_config().providers, app.options.verb
+    if name not in names:
+        raise no_provider(name, names)
+    enabled = json.dumps(method == "enable")
     try:
-        print_changes(app.ask(method, {"name": app.options.name}))
+        app.ask(f"provider.{method}", {"name": name})
     except NotRunning:
-        change_provider(app.paths, app.environ, app.options.name, enabled)
+        change_provider(app.paths, app.environ, name, enabled)
         tell(f"saved in {app.paths.config_file}")
+    state = "on" if method == "enable" else "off"
+    tell(f"{name} is {state} (providers.{name}.enabled = {enabled})")
 
 
-@verb("provider enable", "use a provider", PROVIDER_ARGUMENT)
-def cmd_provider_enable(app: App) -> None:
-    """Enables a provider, now and from now on, and ends its cool-downs."""
-    switch_one(app, "provider.enable", "true")
+@verb("provider list", "list them all", AS_JSON)
+def cmd_provider_list(app: App) -> None:
+    """Lists the providers of the configuration, also those without a sign-in."""
+    config = app.load_config()
+    rows = {row["name"]: row for row in account_rows(config, app.paths)}
+    for name, entry in config.providers.items():
+        row = {"name": name, "type": entry.type, "enabled": entry.enabled, "health": "ok"}
+        rows.setdefault(name, {**row, "expires_at": None})
+    data = {"providers": list(rows.values())}
+    app.show(data, lambda data: print_table(ACCOUNT_COLUMNS, data["providers"]))
 
 
-@verb("provider disable", "do not use it", PROVIDER_ARGUMENT)
-def cmd_provider_disable(app: App) -> None:
-    """Disables a provider, now and from now on; requests in flight finish."""
-    switch_one(app, "provider.disable", "false")
+@verb("provider remove", "forget it", PROVIDER_ARGUMENT, example="provider remove work")
+def cmd_provider_remove(app: App) -> None:
+    """Removes a provider from the configuration, with its limits and its sign-in."""
+    name, config, path = app.options.name, app.load_config(), app.paths.config_file
+    own = config.providers.keys() - PROVIDER_CONFIGS.keys()
+    if name not in own:
+        hint = f"{name} is built in; see: provider disable" if name in PROVIDER_CONFIGS else ""
+        raise WrongUsage(hint) if hint else no_provider(name, sorted(own))
+
+    def edit(text: str) -> str:
+        if name in config.limits.providers:
+            text = change_setting(text, path, f"limits.providers.{name}", None)
+        return check_edit(change_setting(text, path, f"providers.{name}", None), path, app.environ)
+
+    edit_config(app.paths, edit)
+    report_saved(app)
+    if os.path.lexists(app.paths.token_file(name)):
+        tell(run_account_command(app, lambda context: revoke_login(context, name)))
 
 
 # 20.6 the log
@@ -20074,7 +20380,7 @@ def find_log(app: App) -> str:
 
 
 def follow_log(file: TextIO, path: str, level: str) -> None:
-    """Prints new lines of a log, across rotations, until interrupted."""
+    """Prints new lines of a log, also once it is rotated or truncated, until interrupted."""
     log_filter = LogFilter(level)
     tail = ""
     while True:
@@ -20085,7 +20391,10 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
             tell(line)
         if is_moved and os.path.exists(path):
             file.close()
-            file = open_log(path)
+            file, tail = open_log(path), ""
+        elif os.fstat(file.fileno()).st_size < file.buffer.tell():
+            file.seek(0)
+            tail = ""
         elif not lines:
             time.sleep(POLL_SECONDS)
 
@@ -20102,21 +20411,18 @@ def is_open_at(file: TextIO, path: str) -> bool:
     "logs",
     "show the log",
     argument(
-        "--lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
+        "-n --lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
     ),
-    argument("--level", "of this level or above", choices=LOG_LEVELS, default="debug"),
-    flag("--follow", "keep printing new lines, until Ctrl-C"),
+    argument(
+        "--level", "of this level or above", type=log_level, choices=LOG_LEVELS, default="debug"
+    ),
+    flag("-f --follow", "keep printing new lines, until Ctrl-C"),
     example="logs --level warning --follow",
 )
 def cmd_logs(app: App) -> None:
     """Shows the last lines of the log."""
     options, path = app.options, find_log(app)
-    try:
-        file = open_log(path)
-    except FileNotFoundError:
-        raise ProgramError(f"{path}: no log yet") from None
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+    file = open_log(path)
     for line in read_log_tail(file, path, options.lines, options.level):
         tell(line)
     if options.follow:
@@ -20225,10 +20531,8 @@ def find_manager(app: App) -> ServiceManager:
 def run_manager(commands: list[list[str]]) -> None:
     """Raises ProgramError with the command's standard error."""
     for command in commands:
-        try:
+        with os_error_as(f"{command[0]} cannot be run"):
             result = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise ProgramError(f"{command[0]} cannot be run: {error.strerror}") from None
         if result.returncode:
             reason = redact(result.stderr.strip(), MAX_ERROR_TEXT)
             raise ProgramError(f"{' '.join(command)} failed: {reason or result.returncode}")
@@ -20250,12 +20554,10 @@ def cmd_service_install(app: App) -> None:
         raise ProgramError("aiclient-api is already running; run `aiclient-api stop` first")
     if shutil.which(manager.install[0][0]) is None:
         raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
-    try:
+    with os_error_as(f"{manager.path}: cannot be written"):
         path = os.path.realpath(manager.path)  # a symlink, as people keep such files elsewhere
         os.makedirs(os.path.dirname(path), exist_ok=True)
         replace_file(path, os.fsencode(manager.text))
-    except OSError as error:
-        raise ProgramError(f"{manager.path}: cannot be written: {error.strerror}") from None
     run_manager(manager.install)
     tell(f"installed {manager.path}", manager.hint)
 
@@ -20267,18 +20569,17 @@ def cmd_service_uninstall(app: App) -> None:
     if not os.path.lexists(manager.path):
         raise ProgramError(f"{manager.path} does not exist: nothing is installed")
     run_manager(manager.remove)
-    try:
+    with os_error_as(f"{manager.path}: cannot be removed"):
         os.unlink(manager.path)
-    except OSError as error:
-        raise ProgramError(f"{manager.path}: cannot be removed: {error.strerror}") from None
     tell(f"removed {manager.path}")
 
 
 @verb("service print", "print its file", MANAGER_ARGUMENT)
 def cmd_service_print(app: App) -> None:
-    """Prints the service file and where it would go."""
+    """Prints the service file, and on standard error where it would go."""
     manager = find_manager(app)
-    print(f"{manager.path}:\n\n{manager.text}", end="")
+    print(f"# {one_line(manager.path)}", file=sys.stderr)
+    print(manager.text, end="")
 
 
 # 20.8 completion
@@ -20300,20 +20601,19 @@ complete -o default -F _aiclient_api aiclient-api
 """
 
 
-def completion_words(
-    parser: argparse.ArgumentParser, path: str = ""
-) -> Iterator[tuple[str, str, str]]:
+def completion_words() -> Iterator[tuple[str, str, str]]:
     """(path of the verb, word that may follow it, help) for every verb and flag."""
-    for action in parser._actions:  # noqa: SLF001 - argparse has no public way
-        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - the same
-            helps = {a.dest: a.help or "" for a in action._choices_actions}  # noqa: SLF001
-            for name, inner in action.choices.items():
-                yield path, name, helps.get(name, "")
-                yield from completion_words(inner, f"{path}{name}/")
-        else:
-            for flag in action.option_strings:
-                if flag.startswith("--"):
-                    yield path, flag, action.help or ""
+    yield "", "--version", "show the version"
+    for group, help_text in GROUPS.items():
+        yield "", group, help_text
+    for item in VERBS:
+        group, _, name = item.words.rpartition(" ")
+        path = f"{group}/" if group else ""
+        yield path, name, item.summary
+        yield f"{path}{name}/", "--help", "explain it"
+        for names, settings in item.arguments:
+            if "--" in names:
+                yield f"{path}{name}/", names.split()[-1], settings["help"]
 
 
 def write_bash(words: list[tuple[str, str, str]]) -> str:
@@ -20354,7 +20654,7 @@ COMPLETIONS = {"bash": write_bash, "fish": write_fish, "zsh": write_zsh}
 )
 def cmd_completion(app: App) -> None:
     """Prints a shell's completion of these verbs and flags."""
-    print(COMPLETIONS[app.options.shell](list(completion_words(make_parser()))), end="")
+    print(COMPLETIONS[app.options.shell](list(completion_words())), end="")
 
 
 # 20.9 doctor
@@ -20383,7 +20683,7 @@ class Examination:
 
     def __init__(self, app: App) -> None:
         self.paths, self.config = app.paths, Config()
-        self.command = f"type: {program_command(sys.argv[0])}"
+        self.command = f"type: {program_command()}"
         self.status: Json = {}  #: of a running gateway
         self.client: DatedClient | None = None
         self.accounts: list[AccountProvider[Any]] = []
@@ -20606,36 +20906,85 @@ def version_text() -> str:
     return f"aiclient-api {__version__}\nPython {python}\n{program_file()}\nsha256 {digest}"
 
 
-GROUPS = {
-    "auth": "sign in to Copilot and Kiro; list and remove sign-ins",
-    "config": "show and change settings",
-    "provider": "switch providers on and off",
-    "service": "run at login",
-}
+@verb("help", "explain a verb", argument("verb", "VERB, or all", nargs="*"), example="help start")
+def cmd_help(app: App) -> None:
+    """Explains a verb, or lists all of them."""
+    make_parser().parse_args([*app.options.verb, "--help"])
+
+
+# What people type out of habit -> the verb here.
+SYNONYMS = {
+    "login": "auth copilot, auth kiro or auth import", "logout": "auth revoke", "serve": "start",
+    "run": "start", "up": "start", "down": "stop", "ls": "models", "ps": "status",
+    "version": "--version",
+}  # fmt: skip
+
+
+def suggest_verb(word: str, group: str, choices: Iterable[str]) -> str:
+    """`group` is the first word of a verb whose second is wanted, or ""."""
+    elsewhere = [item.words for item in VERBS if item.words.endswith(f" {word}")]
+    known = "" if group else SYNONYMS.get(word) or " or ".join(elsewhere)
+    return f"did you mean {known}?" if known else suggest(word, choices)
+
+
+def parser_class() -> type[argparse.ArgumentParser]:
+    """Made on first use, as argparse is imported lazily."""
+
+    class Parser(argparse.ArgumentParser):
+        """No abbreviations; suggests what was meant; an error is a WrongUsage."""
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(allow_abbrev=False, **settings)
+
+        def parse_known_args(  # type: ignore[override]
+            self, args: Any = None, namespace: Any = None
+        ) -> tuple[argparse.Namespace, list[str]]:
+            found, unknown = super().parse_known_args(args, namespace)
+            if unknown:
+                flags = [name for action in self._actions for name in action.option_strings]
+                name = unknown[0].partition("=")[0]  # without its value, which may be a password
+                self.error(f"unrecognized arguments: {name}; {suggest(name, flags)}")
+            return found, unknown
+
+        def _check_value(self, action: argparse.Action, value: Any) -> None:
+            if action.choices is None or value in action.choices:
+                return
+            if action.dest == "verb":
+                hint = suggest_verb(value, self.prog.partition(" ")[2], action.choices)
+                self.error(f"{value}: no such verb; {hint}")
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}; {suggest(str(value), action.choices)}"
+            )
+
+        def error(self, message: str) -> Any:
+            self.color = False  # of Python 3.14
+            raise WrongUsage(message, *self.format_usage().splitlines())
+
+    return Parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = parser_class()(
         prog="aiclient-api",
         description="A local gateway: GitHub Copilot and Kiro as the OpenAI and Anthropic API.",
         epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running.",
     )
-    parser.add_argument("--version", action="store_true", help="show version, path and SHA-256")
+    parser.add_argument("-V", "--version", action="store_true", help="version, path and SHA-256")
     parser.set_defaults(run=None, help_of=parser)
-    verbs = parser.add_subparsers(metavar="VERB")
+    verbs = parser.add_subparsers(metavar="VERB", dest="verb")
     groups = {}
     for item in VERBS:
         group, _, name = item.words.rpartition(" ")
         if group and group not in groups:
             owner = verbs.add_parser(group, help=GROUPS[group])
             owner.set_defaults(help_of=owner)
-            groups[group] = owner.add_subparsers(metavar="VERB")
-        epilog = f"example: aiclient-api {item.example}"
+            groups[group] = owner.add_subparsers(metavar="VERB", dest="verb")
+        epilog = f"example: {program_command()} {item.example}"
         subparser = groups.get(group, verbs).add_parser(
             name, help=item.summary, description=item.run.__doc__, epilog=epilog
         )
-        for name, settings in item.arguments:
-            subparser.add_argument(name, **settings)
+        for names, settings in item.arguments:
+            subparser.add_argument(*names.split(), **settings)
         subparser.set_defaults(run=item.run)
     return parser
 
@@ -20661,8 +21010,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
     open_standard_streams()
     os.umask(0o077)  # for every file it creates
-    options = make_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
+        options = make_parser().parse_args(words)
         if options.version:
             tell(*version_text().split("\n"))
             return 0
@@ -20673,7 +21023,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ProgramError as error:
-        lines = (f"aiclient-api: {error}", *error.log)
+        lines = (f"aiclient-api: {mask_arguments(str(error), words)}", *error.log)
         print("\n".join(map(one_line, lines)), file=sys.stderr)
         return error.exit_status
     except OSError as error:

@@ -216,7 +216,7 @@ def test_usage_is_a_table_with_bars_or_csv(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("words", "status", "said"),
-    [(["--since", "x"], 1, "since: must be a time"), (["--recent", "1e9"], 1, "recent: must be"),
+    [(["--since", "x"], 2, "since: must be a time"), (["--recent", "1e9"], 2, "recent: must be"),
      (["--by", "hour"], 2, "invalid choice")],
 )  # fmt: skip
 def test_wrong_usage_of_usage_is_told(
@@ -247,7 +247,7 @@ def test_limits_are_set_by_word(machine: Machine) -> None:
     assert rows["providers.copilot.monthly_credits"]["limit"] == 2.5
     assert "limit labels.my.app.daily_tokens: 0 of 100 tokens" in typed(machine, ["usage"])
     wrong = machine.run("config", "set", "limits.labels.x.daily_tokens", "many")
-    assert wrong.status == 1 and "limits.labels.x.daily_tokens: must be an integer" in wrong.err
+    assert wrong.status == 2 and "limits.labels.x.daily_tokens: must be an integer" in wrong.err
 
 
 def test_quota_is_what_the_service_says() -> None:
@@ -358,12 +358,20 @@ def test_config_set_says_what_overrides_the_file(machine: Machine) -> None:
         ("server.port", "70000", "must be between"),
         ("server", "1", "server: must be a table"),
         ("providers.kiro.region", "moon", "a region like"),
-        ("server.host", "0.0.0.0", "set api_key"),
         ("default_provider", "x", "no such provider"),
+        ("default_provider", "copliot", "did you mean copilot?"),
+        (
+            "models.x",
+            "copliot/gpt-4.1",
+            'models."x": no such provider: copliot; did you mean copilot?',
+        ),
+        ("models.x", "echo/echo,gh/gpt-4.1,echo/echo", "there are: copilot, kiro, echo"),
+        ("api_key", "", "to remove it: config unset api_key"),
+        ("api_keys.ci", " ", "to remove it: config unset api_keys.ci"),
     ],
 )
 def test_nonsense_is_not_written(machine: Machine, key: str, value: str, words: str) -> None:
-    assert words in machine.run("config", "set", key, value).failure()
+    assert words in machine.run("config", "set", key, value).failure(2)
     assert not machine.config_file.exists()
 
 
@@ -373,7 +381,7 @@ def test_bytes_that_are_no_text_are_no_setting(machine: Machine) -> None:
         "config set server.host \udcff",
         "start --host \udcff",
     ):
-        assert "valid UTF-8" in machine.run(*words.split()).failure()
+        assert "valid UTF-8" in machine.run(*words.split()).failure(2)
 
 
 def test_a_linked_configuration_stays_a_link(machine: Machine) -> None:
@@ -415,7 +423,7 @@ def test_providers_are_switched_without_a_gateway_too(machine: Machine) -> None:
     assert machine.run("provider", "disable", "kiro").status == 0
     written = tomllib.loads(machine.config_file.read_text())
     assert written == {"providers": {"kiro": {"enabled": False}}}
-    assert "there are: copilot, kiro, echo" in machine.run("provider", "enable", "x").failure()
+    assert "there are: copilot, kiro, echo" in machine.run("provider", "enable", "x").failure(2)
     machine.start()
     assert "providers.kiro.enabled" in machine.run("provider", "enable", "kiro").out
     assert "kiro" in [row["name"] for row in machine.status()["providers"]]
@@ -443,6 +451,7 @@ def logged(machine: Machine) -> Machine:
         (["--lines", "1"], [LINES[4]]),
         (["--lines", "0"], []),
         (["--level", "warning"], [LINES[2], LINES[3], "Traceback:", "  deep"]),
+        (["--level", "WARN"], [LINES[2], LINES[3], "Traceback:", "  deep"]),
         (["--level", "error", "--lines", "1"], ["  deep"]),
     ],
 )
@@ -450,6 +459,15 @@ def test_the_last_lines_of_the_log(logged: Machine, words: list[str], expected: 
     assert logged.run("logs", *words).out.splitlines() == expected
 
 
+def offset(pid: int, path: Path) -> int:
+    """Where a process is in a file that it reads; -1 where that cannot be seen."""
+    for entry in Path(f"/proc/{pid}/fd").glob("*"):
+        if entry.resolve() == path.resolve():
+            return int(Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split()[1])
+    return -1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fdinfo").exists(), reason="offsets cannot be seen here")
 def test_following_goes_on_through_rotations(logged: Machine) -> None:
     process = logged.popen("logs", "--follow", "--lines", "1", "--level", "info")
     too_long = threading.Timer(30, process.kill)
@@ -467,6 +485,12 @@ def test_following_goes_on_through_rotations(logged: Machine) -> None:
         logged.log_file.write_text("2026-11-22T10:03:00.000Z INFO into the new one\n")
         assert "into the old one" in process.stdout.readline()
         assert "into the new one" in process.stdout.readline()
+        for number in range(2):  # `> daemon.log`, and logrotate's copytruncate
+            logged.log_file.write_text("")
+            wait_until(lambda: offset(process.pid, logged.log_file) == 0)
+            with logged.log_file.open("a") as file:
+                file.write(f"2026-11-22T10:04:00.000Z INFO truncated {number}\n")
+            assert f"truncated {number}" in process.stdout.readline()
     finally:
         too_long.cancel()
         process.kill()
@@ -677,7 +701,7 @@ def test_a_service_is_not_installed_beside_a_running_gateway(running: Machine) -
 
 def completed(*words: str) -> set[str]:
     """What bash offers behind these words."""
-    script = gw.write_bash(list(gw.completion_words(gw.make_parser())))
+    script = gw.write_bash(list(gw.completion_words()))
     line = " ".join(f"'{word}'" for word in ("aiclient-api", *words))
     script += f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _aiclient_api\n"
     script += 'printf "%s\\n" "${COMPREPLY[@]}"\n'

@@ -330,7 +330,7 @@ def test_a_switch_in_the_environment_has_six_words(text: str, expected: bool) ->
     [
         ("SERVER_PORT", "x", "must be an integer"),
         ("SERVER_PORT", "70000", "must be between 0 and 65535"),
-        ("PORT", "", "must be an integer"),
+        ("PORT", "x", "must be an integer"),
         ("SERVER_HEAD_SECONDS", "nan", "must be between"),
         ("PROVIDERS_ECHO_ENABLED", "maybe", "must be true or false"),
         ("LOGGING_LEVEL", "loud", "must be one of"),
@@ -351,6 +351,118 @@ def test_a_wrong_flag_is_told_by_its_name() -> None:
     """The same form, with `command line` for the file."""
     with pytest.raises(ConfigError, match=r"^command line: --port: must be an integer$"):
         apply_flags(Config(), {"server.port": "x"})
+
+
+BLANKS = ["", " ", "  \t", "\n"]
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_an_empty_variable_is_one_that_is_not_set(blank: str) -> None:
+    """Compose files pass `VARIABLE=` for what the host does not set; of every type."""
+    text = 'api_key = "k"\n[server]\nhost = "::1"\nport = 1\nallowed_hosts = ["a"]'
+    config, keys = read(text), [key for key, _, _ in iter_settings(Config())]
+    names = [key.upper().replace(".", "_") for key in keys]
+    environ = {f"AICLIENT_API_{name}": blank for name in (*names, "HOST", "PORT", "KEY", "X")}
+    assert apply_environment(config, environ) == []
+    apply_flags(config, dict.fromkeys(keys, blank))
+    assert config == read(text) and config.origins == read(text).origins
+
+
+def test_an_empty_short_variable_does_not_hide_the_long_one() -> None:
+    """Nor the other way round."""
+    for names in (("HOST", "SERVER_HOST"), ("SERVER_HOST", "HOST")):
+        config = Config()
+        values = zip(names, ("", "::1"), strict=True)
+        apply_environment(config, {f"AICLIENT_API_{name}": value for name, value in values})
+        assert config.server.host == "::1"
+
+
+@pytest.mark.parametrize("blank", BLANKS[:2])
+def test_an_empty_value_in_the_file_is_the_default(blank: str) -> None:
+    """Templates leave them: never all addresses, and never a key that nobody can send."""
+    keys = [key for key, _, item in iter_settings(Config()) if str(item.type) != "list[str]"]
+    for key in keys:
+        table, _, name = key.rpartition(".")
+        config = read(f"[{table}]\n{name} = '{blank}'" if table else f"{name} = '{blank}'")
+        assert config == Config(), key
+    assert read("[providers.kiro]\ntype = ''") == Config()
+
+
+def test_blanks_around_a_value_are_none_of_it() -> None:
+    """A header cannot carry them."""
+    config = Config()
+    short = {"HOST": " ::1 ", "PORT": " 8 ", "KEY": " k "}
+    apply_environment(config, {f"AICLIENT_API_{name}": text for name, text in short.items()})
+    assert (config.server.host, config.server.port, config.api_key) == ("::1", 8, "k")
+    assert read('api_key = " k "').api_key == "k"
+
+
+@pytest.mark.parametrize("service", ["", "WEB_", "SERVER_", "1_"])
+def test_the_variables_of_a_service_are_passed_over(service: str) -> None:
+    """A Service, or a Docker link, called `aiclient-api` or `aiclient-api-web`."""
+    family = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "9090",
+        "SERVICE_PORT_HTTP": "9090",
+        "PORT": "tcp://10.0.0.1:9090",
+        "PORT_9090_TCP": "tcp://10.0.0.1:9090",
+        "PORT_9090_TCP_PROTO": "tcp",
+        "PORT_9090_TCP_PORT": "9090",
+        "PORT_9090_TCP_ADDR": "10.0.0.1",
+        "PORT_53_UDP": "udp://10.0.0.1:53",
+        "NAME": "/web/aiclient-api",
+        "ENV_PATH": "/bin",
+    }
+    environ = {f"AICLIENT_API_{service}{name}": value for name, value in family.items()}
+    config = Config()
+    assert apply_environment(config, environ) == sorted(environ)
+    assert config == Config() and not config.origins
+
+
+@pytest.mark.parametrize("name", ["SERVICE", "SERVICE_HOSTS", "PORTS", "PORT_NUMBER", "NAME"])
+def test_what_only_looks_like_a_service_is_refused(name: str) -> None:
+    """A misspelt setting must not be passed over."""
+    with pytest.raises(ConfigError, match="is not a known key"):
+        apply_environment(Config(), {f"AICLIENT_API_{name}": "x"})
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("127.0.0.1:9999", "the port goes into server.port"),
+        ("localhost:80", "the port goes into server.port"),
+        ("[::1]:9999", "the port goes into server.port"),
+        ("0.0.0.0:9999", "the port goes into server.port"),
+        ("http://127.0.0.1", "not a URL"),
+        ("https://gateway.example:9090/v1", "not a URL"),
+        ("127.0.0.1/v1", "a host name or an IP address"),
+        ("*", "a host name or an IP address"),
+        ("a b", "a host name or an IP address"),
+    ],
+)
+def test_a_host_that_is_more_than_a_host_is_told(host: str, words: str) -> None:
+    """In the file, a variable and a flag; a key does not make it right."""
+    key, said = problem(f'api_key = "k"\n[server]\nhost = "{host}"')
+    assert key == "server.host" and words in said
+    with pytest.raises(ConfigError, match=f"AICLIENT_API_HOST: .*{words}"):
+        apply_environment(Config(), {"AICLIENT_API_HOST": host})
+    with pytest.raises(ConfigError, match=f"--host: .*{words}"):
+        apply_flags(Config(), {"server.host": host})
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("[::1]", "::1"), ("[::]", "::"), ("fe80::1%eth0", "fe80::1%eth0"), ("a-b.c.", "a-b.c.")],
+)
+def test_a_host_may_be_written_with_brackets(host: str, expected: str) -> None:
+    """As in URLs."""
+    assert read(f'[server]\nhost = "{host}"').server.host == expected
+
+
+@pytest.mark.parametrize("level", ["warn", "WARN", "Warning", "warning"])
+def test_a_level_may_be_written_as_other_programs_do(level: str) -> None:
+    """One word in any case; `warn` is short for it."""
+    assert read(f'[logging]\nlevel = "{level}"').logging.level == "warning"
 
 
 def test_a_number_in_the_environment_may_be_long() -> None:

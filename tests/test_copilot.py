@@ -1008,6 +1008,21 @@ def test_a_listed_model_that_is_not_supported_for_a_moment_is_tried_again(pair: 
     assert len(pair.fake.calls) == 2
 
 
+@BOTH
+@STREAMED
+def test_a_misspelt_model_of_a_named_provider_is_told_the_nearest(
+    pair: Pair, path: str, stream: bool
+) -> None:
+    """The catalogue fluctuates, so it was tried; then a typing error is the likeliest reason."""
+    answer = refusal(400, "The requested model is not supported.", "model_not_supported")
+    answer.strict = False
+    pair.fake.queue(answer)
+    reply = pair.ask(path, "hi", "copilot/gtp-4.1", stream=stream)
+    assert reply.status == 404
+    assert "Copilot does not offer gtp-4.1 to this account." in reply.text
+    assert "Nearest: gpt-4.1" in reply.text
+
+
 def test_an_endpoint_that_a_model_does_not_serve_is_left_for_another(fresh: Pair) -> None:
     why = f'model "{SONNET}" is not accessible via the /v1/messages endpoint'
     fresh.fake.queue(refusal(400, why, "unsupported_api_for_model"))

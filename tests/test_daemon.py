@@ -128,9 +128,51 @@ def test_a_second_start_says_what_runs(machine: Machine) -> None:
     assert (
         again.out == f"aiclient-api is already running: {status['url']} (process {status['pid']})\n"
     )
-    assert "flags were not applied" in machine.run("start", "--port", "1").failure()
-    assert "flags were not applied" in machine.run("start", "--foreground").failure()
+    for words in (["--port", "1"], ["--foreground"], ["--host", "localhost"],
+                  ["--api-key", "other"], ["--log-file", "elsewhere.log"]):  # fmt: skip
+        said = machine.run("start", *words).failure()
+        assert f"the flags were not applied: {words[0]}; first run: " in said
     assert machine.processes() == [status["pid"]]
+
+
+def test_flags_that_change_nothing_are_no_conflict(machine: Machine) -> None:
+    status = machine.start("--api-key", "k1", "--log-file", str(machine.folder / "a.log"))
+    port = status["url"].rpartition(":")[2]
+    for words in (["--port", port], ["--port", "0"], ["--host", "127.0.0.1"], ["--api-key", "k1"],
+                  ["--log-file", "a.log"], ["--port", "", "--host", ""]):  # fmt: skip
+        again = machine.run("start", *words)
+        assert (again.status, again.err) == (0, ""), (words, again)
+    assert "--api-key" in machine.run("start", "--api-key", "k2", "--port", port).failure()
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_empty_variables_and_flags_leave_the_gateway_as_safe_as_it_was(
+    machine: Machine, blank: str
+) -> None:
+    """The key of the file stays, and it listens on loopback only."""
+    machine.config.mkdir(parents=True)
+    machine.config_file.write_text('api_key = "k"\n[server]\nport = 0\nhost = ""\n')
+    names = ("KEY", "API_KEY", "HOST", "SERVER_HOST", "PORT", "SERVER_PORT", "LOGGING_LEVEL")
+    env = {f"AICLIENT_API_{name}": blank for name in names}
+    flags = [f"{flag}={blank}" for flag in ("--host", "--port", "--api-key", "--log-file")]
+    started = machine.run("start", *flags, env=env)
+    assert started.status == 0, started
+    status = machine.status()
+    assert status["url"].startswith("http://127.0.0.1:") and status["needs_key"]
+    assert fetch(status, "/v1/models").status == 401
+
+
+def test_the_variables_of_a_kubernetes_service_cost_one_warning(machine: Machine) -> None:
+    env = {
+        "AICLIENT_API_PORT": "tcp://10.0.0.1:9090",
+        "AICLIENT_API_SERVICE_HOST": "10.0.0.1",
+        "AICLIENT_API_PORT_9090_TCP_ADDR": "10.0.0.1",
+    }
+    machine.start(env=env)
+    machine.run("config", "reload")
+    assert machine.run("config", "set", "logging.level", "info", env=env).err.count("WARN") == 1
+    (line,) = [row for row in machine.log().splitlines() if "service_variables_ignored" in row]
+    assert line.endswith(" WARNING service_variables_ignored names=" + ",".join(sorted(env)))
 
 
 def test_many_starts_at_once_make_one_daemon(machine: Machine) -> None:
@@ -442,21 +484,38 @@ def test_stop_waits_for_a_stream(machine: Machine) -> None:
         assert wire.rest().endswith(STREAM_END)
         out, err = stopping.communicate(timeout=20)
     assert (stopping.returncode, out) == (0, "stopped\n"), err
+    waiting = "1 request in flight; waiting up to 30 s (Ctrl-C: do not wait; it still stops)\n"
+    assert err == waiting
     assert machine.processes() == []
     assert not (machine.state / "daemon.sock").exists()
 
 
+def test_stop_tells_what_became_of_what_it_waited_for(machine: Machine) -> None:
+    status = machine.start(env={"AICLIENT_API_SERVER_DRAIN_SECONDS": "0.2"})
+    with open_stream(status):
+        done = machine.run("stop", env={"AICLIENT_API_SERVER_DRAIN_SECONDS": "0.2"})
+    assert done.out == "stopped; requests that had not finished were cut off\n"
+    assert done.err.startswith("1 request in flight; waiting up to 0.2 s")
+
+
 def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
-    """Each verb soon, where no service is asked; stop insists in the end."""
+    """By every verb within seconds, also where a service is asked; stop insists in the end."""
     pid = machine.start()["pid"]
     os.kill(pid, signal.SIGSTOP)  # it can do nothing any more
-    verbs = ("status", "config show", "config reload", "provider disable echo")
+    verbs = ("status", "config show", "config reload", "provider disable echo", "usage", "models",
+             "quota", "restart", "start", "config set logging.level info")  # fmt: skip
+    began = time.monotonic()
     asked = [machine.popen(*words.split()) for words in verbs]
     for process in asked:
         said = process.communicate(timeout=30)[1]
-        assert process.returncode == 1 and "does not respond" in said, said
-    done = machine.run("stop", env={"AICLIENT_API_SERVER_DRAIN_SECONDS": "0"})
+        assert process.returncode == 1 and "the gateway does not respond" in said, said
+        assert f"process {pid} holds the lock but does not answer" in said
+        stop = "python3 -m aiclient_api stop"
+        assert f"end it with: {stop}; or, if somebody has paused it: kill -CONT {pid}\n" in said
+    assert time.monotonic() - began < 45  # ten programs start at once
+    done = machine.run("stop")
     assert done.status == 0 and "killing it" in done.err, done
+    assert time.monotonic() - began < 60
     assert not is_alive(pid) and machine.processes() == []
 
 
@@ -643,9 +702,15 @@ def test_restarts_under_load_lose_no_request(machine: Machine) -> None:
 def test_a_stream_ends_in_the_old_process_while_the_new_one_serves(machine: Machine) -> None:
     old = machine.start()
     with open_stream(old) as wire:
-        assert machine.run("restart").status == 0
+        done = machine.run("restart")
         new = machine.status()
         assert new["pid"] != old["pid"] and new["url"] == old["url"]
+        first, last = done.out.splitlines()
+        assert first == (
+            f"restarted: aiclient-api {new['version']} listening on {new['url']} "
+            f"(process {new['pid']})"
+        )
+        assert last == f"process {old['pid']} finishes 1 request in flight"
         assert "[echo] hi" in fetch(new, CHAT, echo("hi")).text
         assert is_alive(old["pid"])
         assert wire.read_until(b"\r\n0\r\n\r\n").endswith(STREAM_END)
