@@ -2995,7 +2995,7 @@ class RequestInfo:
     size: int = 0  #: request body size in bytes
 
 
-@dataclass(slots=True)
+@dataclass
 class ResponseContext:
     """What shapes one response besides the upstream's bytes."""
 
@@ -3018,6 +3018,10 @@ class ResponseContext:
     window: Callable[[str], int] | None = None
     tagged_thinking: bool = False  #: the prompt demands that thinking is put between tags
     secrets: Callable[[], Iterable[str]] = tuple  #: tokens that no error message may show
+
+    @functools.cached_property
+    def input_estimate(self) -> int:
+        return estimate_request(self.request_body)
 
 
 class Framing(Protocol):
@@ -3560,9 +3564,7 @@ def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: floa
     output = usage.output or max(1, int(output_estimate))
     if usage.context:
         return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
-    return replace(
-        usage, input=estimate_request(context.request_body), output=output, source="estimated"
-    )
+    return replace(usage, input=context.input_estimate, output=output, source="estimated")
 
 
 INVALID = "invalid_request_error"
@@ -4902,7 +4904,7 @@ class MessagesWriter:
             return [self.block_frame("stop")]
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
-            usage = write_messages_usage(Usage(input=estimate_request(self.context.request_body)))
+            usage = write_messages_usage(Usage(input=self.context.input_estimate))
             message = {"id": self.context.id, **EMPTY_MESSAGE, "model": self.context.model}
             return [{"type": "message_start", "message": {**message, "usage": usage}}]
         if isinstance(event, UsageUpdate):
@@ -4968,7 +4970,7 @@ class MessagesRelay:
             usage = {**get_dict(message, "usage"), "output_tokens": self.usage.output}
             usage["input_tokens"] = self.usage.input
             if not self.usage.prompt:  # clients would show the context as empty
-                usage["input_tokens"] = estimate_request(self.context.request_body)
+                usage["input_tokens"] = self.context.input_estimate
             message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
             frame["message"] = message
         elif not self.started:
@@ -16788,7 +16790,6 @@ class Gateway:
             request_info.initiator = initiator
         request.cancel_on_disconnect(True, patient=True)
         del data  # it may be large, and the response long
-        body_hash = hash(body.text)
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
         now = asyncio.get_running_loop().time
         hold_deadline = now() + HOLD_LIST_SECONDS
@@ -16804,7 +16805,7 @@ class Gateway:
                 # The provider has just ruled that dialect out; another one is tried, once.
                 return await exchange()
 
-        name = request_info.model
+        name, body_hash = request_info.model, hash(body.text)
         response = await self.first_response(request, name, routes, body_hash, attempt)
         body.text, body.spans = "", {}  # the response may take long, and nothing is sent again
         return response
