@@ -3239,7 +3239,7 @@ class RequestInfo:
     size: int = 0  #: request body size in bytes
 
 
-@dataclass(slots=True)
+@dataclass
 class ResponseContext:
     """What shapes one response besides the upstream's bytes."""
 
@@ -3262,6 +3262,10 @@ class ResponseContext:
     window: Callable[[str], int] | None = None
     tagged_thinking: bool = False  #: the prompt demands that thinking is put between tags
     secrets: Callable[[], Iterable[str]] = tuple  #: tokens that no error message may show
+
+    @functools.cached_property
+    def input_estimate(self) -> int:
+        return estimate_request(self.request_body)
 
 
 Delta = tuple[str, str]  # (text, thinking, arguments, input or refusal; what is appended to it)
@@ -4052,9 +4056,7 @@ def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: floa
     output = usage.output or max(1, int(output_estimate))
     if usage.context:
         return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
-    return replace(
-        usage, input=estimate_request(context.request_body), output=output, source="estimated"
-    )
+    return replace(usage, input=context.input_estimate, output=output, source="estimated")
 
 
 INVALID = "invalid_request_error"
@@ -5427,7 +5429,7 @@ class MessagesWriter(Writer):
             return [self.block_frame("stop")]
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
-            usage = write_messages_usage(Usage(input=estimate_request(self.context.request_body)))
+            usage = write_messages_usage(Usage(input=self.context.input_estimate))
             message = {"id": self.context.id, **EMPTY_MESSAGE, "model": self.context.model}
             return [{"type": "message_start", "message": {**message, "usage": usage}}]
         if isinstance(event, UsageUpdate):
@@ -5493,7 +5495,7 @@ class MessagesRelay:
             usage = {**get_dict(message, "usage"), "output_tokens": self.usage.output}
             usage["input_tokens"] = self.usage.input
             if not self.usage.prompt:  # clients would show the context as empty
-                usage["input_tokens"] = estimate_request(self.context.request_body)
+                usage["input_tokens"] = self.context.input_estimate
             message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
             frame["message"] = message
         elif not self.started:
@@ -17973,7 +17975,6 @@ class Gateway:
             request_info.initiator = initiator
         request.cancel_on_disconnect(True, patient=True)
         del data  # it may be large, and the response long
-        body_hash = hash(body.text)
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
         now = time.monotonic
         hold_deadline = now() + HOLD_LIST_SECONDS
@@ -17999,7 +18000,7 @@ class Gateway:
                     raise
             return await attempt(provider, model, is_last=True)
 
-        name = request_info.model
+        name, body_hash = request_info.model, hash(body.text)
         response = await self.first_response(request, name, routes, body_hash, attempt)
         body.text, body.spans = "", {}  # the response may take long, and nothing is sent again
         return response

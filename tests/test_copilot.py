@@ -75,7 +75,7 @@ class Pair:
     fake: FakeCopilot
     gateway: Gateway
 
-    def post(self, path: str, body: Json, **headers: str) -> Reply:
+    def post(self, path: str, body: Json | bytes, **headers: str) -> Reply:
         """One request for an answer."""
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
         return self.gateway.request("POST", path, body, fields)
@@ -534,6 +534,21 @@ def test_a_model_name_becomes_the_catalogue_s_and_the_answer_keeps_the_caller_s(
     assert heard(reply).model == asked
     assert reply.headers["x-aiclient-model"] == sent == pair.fake.calls[0].body["model"]
     assert reply.headers["x-aiclient-provider"] == "copilot"
+
+
+@pytest.mark.parametrize(("path", "model"), [(CHAT, GPT), (MESSAGES, SONNET)])
+def test_a_conversation_goes_up_as_it_was_spelled(pair: Pair, path: str, model: str) -> None:
+    """Also a large one, and one key of the body that a rule changes; no key is read twice."""
+    turns = '[{"content" : "%s \\u00e9\\/\u00e9" , "role":"user"}]' % ("words\\n" * 40_000)
+    text = f'{{"model":"{model}","max_tokens":99,\n"metadata":{{}} , "messages": {turns} }}'
+    heard(pair.post(path, text.encode()))
+    sent = pair.fake.calls[0]
+    assert turns.encode() in sent.raw
+    assert "metadata" not in sent.body
+    twice = text.replace('"role":"user"', '"role":"system" , "role":"user"')
+    heard(pair.post(path, twice.encode()))
+    assert b'"system"' not in pair.fake.calls[1].raw
+    assert pair.fake.calls[1].body == sent.body
 
 
 def test_what_is_left_out_is_named(pair: Pair) -> None:
