@@ -6882,8 +6882,7 @@ def adapt_assistant_turns(draft: KiroDraft) -> None:
             elif turn.role == "assistant" and isinstance(block, (Image, Document)):
                 block = Text(f"({type(block).__name__.lower()})")
             blocks.append(block)
-        if not all(isinstance(block, Thinking) for block in blocks):
-            # A turn of nothing but thinking counts as empty.
+        if not all(isinstance(block, Thinking) for block in blocks):  # otherwise it is empty
             turns.append(turn if blocks == turn.blocks else Turn(turn.role, blocks))
     if turns != draft.turns:
         draft.turns = merge_turns(turns)
