@@ -10943,8 +10943,11 @@ class UsageRecord:
 
     def normalize(self) -> None:
         """Makes it fit for the database: names bounded and printable, figures in range."""
-        for name in (*USAGE_NAMES, "dialect", "kind"):
-            setattr(self, name, one_line(getattr(self, name)[:MAX_NAME_CHARS]))
+        texts = self.provider, self.account, self.model, self.label, self.dialect, self.kind
+        joined = "".join(texts)
+        if len(joined) > MAX_NAME_CHARS or one_line(joined) != joined:
+            for name, text in zip((*USAGE_NAMES, "dialect", "kind"), texts, strict=True):
+                setattr(self, name, one_line(text[:MAX_NAME_CHARS]))
         for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
             figure = getattr(self.usage, name)
             if not 0 <= figure <= MAX_FIGURE:
