@@ -20186,6 +20186,12 @@ def reload_if_running(app: App) -> Json | None:
         raise ProgramError(problem) from None
 
 
+def report_override(app: App, key: str) -> None:
+    for row in app.ask("config.show")["settings"]:
+        if row["key"] == key and row["origin"] not in ("file", "default"):
+            tell(f"{row['origin']} overrides the file until the gateway is restarted without it")
+
+
 def report_saved(app: App, key: str = "") -> None:
     """Applies a changed file; reports what changed, and whether something overrides `key`."""
     changes = reload_if_running(app)
@@ -20193,9 +20199,7 @@ def report_saved(app: App, key: str = "") -> None:
     if changes is None:
         return
     print_changes(changes)
-    for row in app.ask("config.show")["settings"]:
-        if row["key"] == key and row["origin"] != "file":
-            tell(f"{row['origin']} overrides the file until the gateway is restarted without it")
+    report_override(app, key)
 
 
 def ask_line(question: str, default: str) -> str:
@@ -20329,6 +20333,7 @@ def cmd_provider_switch(app: App) -> None:
     enabled = json.dumps(method == "enable")
     try:
         app.ask(f"provider.{method}", {"name": name})
+        report_override(app, f"providers.{name}.enabled")
     except NotRunning:
         change_provider(app.paths, app.environ, name, enabled)
         tell(f"saved in {app.paths.config_file}")

@@ -346,6 +346,13 @@ def test_providers_are_listed_switched_and_removed(machine: Machine) -> None:
     assert machine.status()["pid"] == status["pid"]
 
 
+def test_a_switch_that_a_variable_overrides_is_told(machine: Machine) -> None:
+    variable = "AICLIENT_API_PROVIDERS_KIRO_ENABLED"
+    machine.start(env={variable: "true"})
+    assert f"{variable} overrides the file" in machine.run("provider", "disable", "kiro").out
+    assert "default overrides" not in machine.run("config", "unset", "providers.kiro.enabled").out
+
+
 def re_lines(text: str, *starts: str) -> bool:
     """Whether a line begins with each of these."""
     return all(any(row.startswith(start) for row in text.splitlines()) for start in starts)
