@@ -1160,7 +1160,7 @@ HOST_VALUE = re.compile(
 )
 TARGET = re.compile(r"[!-~]+")
 # A name or an address alone; two colons make it IPv6, whose zone may follow.
-HOST = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:.]+(?:%[\w.-]+)?")
+HOST = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]{0,4}:[^:]{0,4}:)[0-9A-Fa-f:.]+(?:%[\w.-]+)?")
 HOST_FORM = "a host name or an IP address, not a URL; the port goes into server.port"
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
@@ -1573,8 +1573,9 @@ def override_setting(config: Config, source: str, origin: str, key: str, text: s
 # What Kubernetes (Service, "Environment variables") and Docker's links set for a service called
 # aiclient-api, or aiclient-api-X, in all containers.
 SERVICE_VARIABLE = re.compile(
-    r"(?:\w+_)?(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:_[A-Z]+)?)=.*"
-    r"|(?:\w+_)?(?:PORT=(?:tcp|udp|sctp)://.*|NAME=/.*|ENV_\w+=.*)",
+    r"(?:\w{1,99}_)?(?:SERVICE_(?:HOST|PORT(?:_\w{1,99})?)"
+    r"|PORT_[0-9]{1,5}_(?:TCP|UDP|SCTP)(?:_[A-Z]{1,9})?)=.*"
+    r"|(?:\w{1,99}_)?(?:PORT=(?:tcp|udp|sctp)://.*|NAME=/.*|ENV_\w{1,99}=.*)",
     re.DOTALL,
 )
 
@@ -9535,8 +9536,8 @@ COPILOT_FAULTS = (
           "wait"),
     Fault(r"^(?!400 )", UpstreamError, "Copilot responded with status {status}: {message}{tail}"),
     Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
-          "Copilot does not offer {model} to this account; use {auto}, which is all that Free and "
-          "Student plans have.", "relist",
+          "Copilot does not offer {model} to this account. Free and Student plans: {auto} only.",
+          "relist",
           "It may need to be enabled at github.com/settings/copilot.", "model"),
     Fault(r"(?i)^400 (?:unsupported_api_for_model:|[^:]*: (?:The requested )?model "
           r'"?[\w.:/-]{1,200}"? is not accessible via the /)', InvalidRequest,
@@ -14630,11 +14631,15 @@ class AccountProvider(Provider, Generic[Token]):
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
 
+    async def token(self) -> Token:
+        """A valid token; subclasses may need more than that."""
+        return await self.account.get()
+
     async def ask(
         self, send: Callable[..., Awaitable[Json | RetryDecision]], *arguments: Any
     ) -> Json | RetryDecision:
         """The result of `send(token, *arguments)`; a token that is refused is renewed once."""
-        token = await self.account.get()
+        token = await self.token()
         result = await send(token, *arguments)
         if isinstance(result, RetryDecision) and result.action in ("refresh", "switch"):
             renewed = await self.account.renew(token, result.action)
@@ -14644,7 +14649,7 @@ class AccountProvider(Provider, Generic[Token]):
 
     async def open(self, call: Call) -> BodyStream:
         with self.breaker.guarded(call.model.id):
-            return await self.attempt_class(self, call, await self.account.get()).run()
+            return await self.attempt_class(self, call, await self.token()).run()
 
     def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
@@ -15714,7 +15719,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
-        login = await self.account.get()
+        login = await self.token()
         own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
         for arn in dict.fromkeys((own_arn, "")):
             parameters = {**query, "profileArn": arn} if arn else query
@@ -15728,7 +15733,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         raise error
 
     async def fetch_models(self) -> dict[str, Model]:
-        await self.account.get()
+        await self.token()
         entries: list[Any] = []
         query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
         for _ in range(KIRO_MODEL_PAGES):
@@ -17981,26 +17986,27 @@ class Gateway:
         now = time.monotonic
         hold_deadline = now() + HOLD_LIST_SECONDS
 
-        async def attempt(provider: Provider, model: Model, is_last: bool = False) -> Response:
+        async def attempt(provider: Provider, model: Model) -> Response:
             hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
-            chosen = model
-            if model.auto:
-                key = "\0".join((self.label(request), request_info.session, request_info.opening))
-                facts = (
-                    short_hash(key, 32),
-                    last_user_text(body),
-                    has_image(body.get("messages", body.get("input"))),
-                )
-                chosen = await provider.choose_model(model, *facts)
-            try:
+
+            async def exchange() -> Response:
+                chosen = model
+                if model.auto:
+                    key = (self.label(request), request_info.session, request_info.opening)
+                    seen = has_image(body.get("messages", body.get("input")))
+                    conversation = short_hash("\0".join(key), 32)
+                    chosen = await provider.choose_model(
+                        model, conversation, last_user_text(body), seen
+                    )
                 return await self.exchange(
                     request, client_dialect, body, request_info, provider, chosen, hold_s
                 )
+
+            try:
+                return await exchange()
             except WrongDialect:
                 # The provider has just ruled that dialect, or that choice, out: asked again, once.
-                if is_last:
-                    raise
-            return await attempt(provider, model, is_last=True)
+                return await exchange()
 
         name, body_hash = request_info.model, hash(body.text)
         response = await self.first_response(request, name, routes, body_hash, attempt)
@@ -19577,7 +19583,8 @@ class App:
         self.paths = find_paths(self.environ)
 
     def load_config(self, flags: dict[str, str | None] | None = None) -> Config:
-        start_log("warning")
+        if not logging.getLogger().handlers:
+            start_log("warning")
         return load_config(self.paths, self.environ, flags or {})
 
     def ask(
@@ -20278,6 +20285,14 @@ def cmd_config_get(app: App) -> None:
     print(value if isinstance(value, str) else write_toml(value))
 
 
+def needs_key(app: App) -> bool | None:
+    """None if the configuration is unusable, which a change may mend."""
+    try:
+        return app.load_config().needs_key
+    except ConfigError:
+        return None
+
+
 @verb(
     "config set",
     "change one setting",
@@ -20289,14 +20304,14 @@ def cmd_config_get(app: App) -> None:
 def cmd_config_set(app: App) -> None:
     """Changes one setting, or removes it from the file, keeps everything else in it, applies it."""
     key, value = app.options.key, getattr(app.options, "value", None)
-    needed_key = app.load_config().needs_key
+    needed_key = needs_key(app)
     if value == "-":
         value = sys.stdin.readline().rstrip("\r\n")
     if is_secret_setting(key) and value is not None and not value.strip():
         raise WrongUsage(f"{key}: the value is empty; to remove it: config unset {key}")
     change_config(app.paths, app.environ, key, value)
     report_saved(app, key)
-    if app.load_config().needs_key != needed_key:
+    if needed_key not in (None, needs_key(app)):
         need = "no key: there is none" if needed_key else "a key: api_key or one of api_keys"
         tell(f"From now on clients need {need}.")
 
@@ -20841,7 +20856,7 @@ async def check_clients(case: Examination) -> Findings:
     for pattern, client in CLIENTS.items():
         for text in login_paths(pattern):
             where = pattern if "://" in text else text
-            with contextlib.suppress(OSError), open_log(text) as file:
+            with contextlib.suppress(OSError, ProgramError), open_log(text) as file:
                 text = file.read(MIB)
             ports = set(map(int, LOOPBACK_PORT.findall(text)))
             if port in ports:
@@ -20870,7 +20885,7 @@ def anonymous(text: str, users: list[str]) -> str:
     home = user_folder({}, "", "").rstrip("/")
     text = redact(text, MAX_ERROR_TEXT).replace(home or "~", "~")
     text = re.sub(r"/(?:home|Users)/[^/\s]+", "~", text)
-    text = re.sub(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", "(e-mail)", text)
+    text = re.sub(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}", "(e-mail)", text)
     names = "|".join(map(re.escape, filter(None, users)))
     return re.sub(rf"(?<!\w)(?:{names})(?!\w)", "(user)", text) if names else text
 

@@ -177,7 +177,9 @@ def test_a_gateway_that_is_frozen_and_hosts_that_say_nothing(tmp_path: Path) -> 
         os.kill(pid, signal.SIGCONT)
     assert done.status == 1
     texts = " ".join(row["text"] for row in json.loads(done.out)["checks"])
-    assert f"(process {pid}) does not respond" in texts and "copilot: no response within" in texts
+    assert (
+        f"does not respond: process {pid} holds" in texts and "copilot: no response within" in texts
+    )
 
 
 class LateCopilot(FakeCopilot):

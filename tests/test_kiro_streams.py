@@ -1542,7 +1542,7 @@ WORDS: list[tuple[str, str, str, type[ApiError], str]] = [
     ("AccessDeniedException", "", "User is not authorized to do this.", Forbidden, "reroute"),
     ("AccessDeniedException", "FEATURE_NOT_SUPPORTED", "m", Forbidden, ""),
     ("ValidationException", "", "Improperly formed request.", InvalidRequest, ""),
-    ("ValidationException", "REQUEST_BODY_INVALID", "m", InvalidRequest, ""),
+    ("ValidationException", "REQUEST_BODY_INVALID", "m", InvalidRequest, "reshape"),
     ("ValidationException", "CONTENT_LENGTH_EXCEEDS_THRESHOLD", "m", ContextTooLong, ""),
     ("ValidationException", "PROMPT_TOO_LONG", "m", ContextTooLong, ""),
     ("ValidationException", "", "Input is too long.", ContextTooLong, ""),

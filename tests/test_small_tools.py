@@ -132,7 +132,7 @@ def test_a_key_that_stands_twice_at_the_top_is_refused() -> None:
         (b"{", "not valid JSON"),
         (b'{"a":NaN}', "not valid JSON"),
         (b'{"a":1e999}', "not valid JSON"),
-        (b'\xef\xbb\xbf{"a":1}', "not valid JSON"),
+        (b'\xef\xbb\xbf\xef\xbb\xbf{"a":1}', "must be a JSON object"),
         (b'{"a":"\xff"}', "not UTF-8"),
         (b"[]", "must be a JSON object"),
         (b'"x"', "must be a JSON object"),

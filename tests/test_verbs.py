@@ -149,12 +149,13 @@ def test_help_explains_a_verb(machine: Machine) -> None:
 
 @pytest.mark.parametrize("verb", gw.VERBS, ids=[verb.words for verb in gw.VERBS])
 def test_the_example_of_every_verb_works(machine: Machine, verb: gw.Verb) -> None:
-    """As far as a test can go: what needs a browser, a service manager or an end is only read."""
+    """What needs a browser, a service manager, the network or an end is only read."""
     signed_in(machine, "work")
     machine.config_file.write_text(HOSTED + "[server]\nport = 0\n[limits.providers.work]\n")
     words = shlex.split(verb.example.partition(" > ")[0])
     gw.make_parser().parse_args(words)
-    needs = {"auth copilot", "auth kiro", "auth import", "service install", "service uninstall"}
+    needs = {"auth copilot", "auth kiro", "auth import", "doctor", "service install",
+             "service uninstall"}  # fmt: skip
     if verb.words in needs or "--follow" in words:
         return
     if verb.words == "auth revoke":
