@@ -2508,26 +2508,24 @@ class OutputFormat:
     description: str = ""
 
 
-# The one member of `include` that a stateless conversation needs.
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 # From least reasoning to most; dialects and models support subsets.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 #: field -> verdicts on it, in a converted request and in one sent in its own dialect; "*" stands
-#: for all unknown fields.  "keep": it is read or sent.  "openai": models of other vendors get none,
-#: as with "drop": left out, and reported if it asks for anything.  "silent": left out, and the
-#: response does not depend on it.  "refuse": a 400 if it asks for anything.
+#: for all unknown fields.  "keep": read or sent.  "drop": left out, and reported if it asks for
+#: anything.  "openai": sent to models of OpenAI, else "drop".  "silent": left out, and the response
+#: does not depend on it.  "refuse": a 400 if it asks for anything.
 FieldTable = Mapping[str, tuple[str, str]]
-CONVERTED, NATIVE = 0, 1
 
 # Values that ask for what vendors do by default.
 DEFAULT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "function_call": ("auto", "none"),
-    "include": ([ENCRYPTED_REASONING],), "inference_geo": ("global",), "modalities": (["text"],),
-    "n": (1,), "parallel_tool_calls": (True,), "presence_penalty": (0,),
-    "prompt_cache_retention": ("in_memory", "in-memory"), "service_tier": ("auto", "default"),
-    "speed": ("standard",), "temperature": (1,), "top_logprobs": (0,), "top_p": (1,),
-    "truncation": ("disabled",), "verbosity": ("medium",),
+    "include": ([ENCRYPTED_REASONING],), "modalities": (["text"],), "n": (1,),
+    "parallel_tool_calls": (True,), "presence_penalty": (0,), "speed": ("standard",),
+    "prompt_cache_retention": ("in_memory",), "service_tier": ("auto", "default"),
+    "temperature": (1,), "top_logprobs": (0,), "top_p": (1,), "truncation": ("disabled",),
+    "verbosity": ("medium",),
 }  # fmt: skip
 
 
@@ -2542,23 +2540,20 @@ def is_default(name: str, value: Any) -> bool:
     return is_empty or value in defaults or (value is False and True not in defaults)
 
 
-def omitted_fields(
-    body: Json, table: FieldTable, column: int, openai: bool = False
-) -> dict[str, bool]:
-    """The fields to leave out -> whether the client will miss them.
-
-    Raises UnsupportedFeature for those that are refused.
-    """
-    omitted = {}
+def split_fields(
+    body: Json, table: FieldTable, *, native: bool = False, openai: bool = False
+) -> tuple[Json, list[str]]:
+    """(the fields to keep, names of those the client will miss); raises UnsupportedFeature."""
+    kept, missed = {}, []
     for name, value in body.items():
-        verdict = table.get(name, table["*"])[column]
+        verdict = table.get(name, table["*"])[native]
         if verdict == "keep" or (verdict == "openai" and openai):
-            continue
-        is_missed = verdict != "silent" and not is_default(name, value)
-        if is_missed and verdict == "refuse":
-            raise UnsupportedFeature(f"{name}: is not supported on this model.", param=name)
-        omitted[name] = is_missed
-    return omitted
+            kept[name] = value
+        elif verdict != "silent" and not is_default(name, value):
+            if verdict == "refuse":
+                raise UnsupportedFeature(f"{name}: is not supported on this model.", param=name)
+            missed.append(name)
+    return kept, missed
 
 
 @dataclass(slots=True)
@@ -2587,16 +2582,8 @@ class Conversation:
     names: dict[str, str] = field(default_factory=dict)  #: client's tool names -> wire names
     turns_field: str = "messages"  #: the request's field for the turns, for errors
 
-    def wants_thinking(self) -> bool:
-        return self.effort not in (None, "none") or bool(self.thinking_budget)
-
     def drop_settings(self, *names: str) -> None:
         self.dropped += [name for name in names if not is_default(name, getattr(self, name))]
-
-    def drop_fields(self, body: Json, table: FieldTable) -> None:
-        """Reports the fields of `body` that have no place here; raises UnsupportedFeature."""
-        omitted = omitted_fields(body, table, CONVERTED)
-        self.dropped += [name for name, is_missed in omitted.items() if is_missed]
 
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature if the model is to continue the last turn."""
@@ -4357,21 +4344,17 @@ CHAT_DELTAS = {"content": "text", "refusal": "refusal", "tool_calls": "arguments
 CHAT_DELTAS |= dict.fromkeys(REASONING_FIELDS, "thinking")
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 CHAT_FIELDS = field_table({
-    ("keep", "keep"):
-        "model messages tools tool_choice stream stream_options max_tokens max_completion_tokens "
-        "temperature top_p stop reasoning_effort response_format",
-    ("keep", "openai"):
-        "n parallel_tool_calls verbosity prompt_cache_key safety_identifier user",
+    ("keep", "keep"): "model messages tools tool_choice stream stream_options max_tokens "
+    "max_completion_tokens temperature top_p stop reasoning_effort response_format",
+    ("keep", "openai"): "parallel_tool_calls verbosity prompt_cache_key safety_identifier user",
     ("keep", "drop"): "functions function_call web_search_options thinking reasoning top_k",
     ("drop", "keep"): "* snippy intent thinking_budget",  # the named ones are Copilot's own
     ("drop", "openai"): "seed prediction frequency_penalty presence_penalty",
-    ("refuse", "openai"): "logit_bias logprobs top_logprobs",
+    ("refuse", "openai"): "n logit_bias logprobs top_logprobs",
     ("refuse", "refuse"): "audio modalities",
-    ("drop", "drop"):
-        "metadata store service_tier moderation prompt_cache_options prompt_cache_retention "
-        # sent by clients that take it for another vendor's or dialect's
-        "cache_control chat_template_kwargs context_management enable_thinking input "
-        "max_output_tokens",
+    ("drop", "drop"): "metadata store service_tier moderation prompt_cache_options "
+    "prompt_cache_retention cache_control chat_template_kwargs context_management enable_thinking "
+    "input max_output_tokens",
 })  # fmt: skip
 
 
@@ -4392,16 +4375,10 @@ def get_reasoning(holder: Json) -> str:
     return ""
 
 
-def refuse_choices(body: Json) -> None:
-    if (int_field(body, "n") or 1) > 1:
-        raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-
-
 def read_chat_request(body: Json) -> Conversation:
     """Raises UnsupportedFeature for what a converted response cannot express."""
-    refuse_choices(body)
     chat = Conversation(model=need_str(body, "model"))
-    chat.drop_fields(body, CHAT_FIELDS)
+    chat.dropped += split_fields(body, CHAT_FIELDS)[1]
     read_chat_messages(body, chat)
     chat.normalize()
     read_chat_tools(body, chat)
@@ -5025,8 +5002,7 @@ class ChatDialect(Dialect):
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
-        ids = ("prompt_cache_key", "safety_identifier", "user")
-        session = next((body[name] for name in ids if body.get(name)), "")
+        session = body.get("prompt_cache_key") or body.get("safety_identifier") or body.get("user")
         systems = (item.get("content") for item in messages if item.get("role") == "system")
         options = dict_field(body, "stream_options")
         return RequestInfo(
@@ -5104,18 +5080,16 @@ TO_STOP_REASON = {ours: word for word, ours in FROM_STOP_REASON.items()}
 FROM_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 TO_TOOL_CHOICE = {ours: word for word, ours in FROM_TOOL_CHOICE.items()}
 MESSAGES_FIELDS = field_table({
-    ("keep", "keep"):
-        "model messages system max_tokens stream stop_sequences temperature top_p top_k tools "
-        "tool_choice thinking output_config output_format",
+    ("keep", "keep"): "model messages system max_tokens stream stop_sequences temperature top_p "
+    "top_k tools tool_choice thinking output_config output_format",
     ("keep", "silent"): "metadata",  # the user's device ids
     ("silent", "keep"): "cache_control",
     ("drop", "keep"): "context_management",
     ("refuse", "drop"): "container mcp_servers",
     ("refuse", "refuse"): "compaction thread",  # they change what the messages mean
     # Copilot's endpoint refuses every unknown field.
-    ("drop", "drop"):
-        "* billing_policy diagnostics fallback_credit_token fallbacks inference_geo service_tier "
-        "speed user_profile_id",
+    ("drop", "drop"): "* billing_policy diagnostics fallback_credit_token fallbacks inference_geo "
+    "service_tier speed user_profile_id",
 })  # fmt: skip
 
 
@@ -5148,7 +5122,7 @@ def read_messages_session(body: Json) -> str:
 
 def read_messages_request(body: Json) -> Conversation:
     chat = Conversation(model=need_str(body, "model"))
-    chat.drop_fields(body, MESSAGES_FIELDS)
+    chat.dropped += split_fields(body, MESSAGES_FIELDS)[1]
     system = read_parts(without_billing_header(body.get("system")), "system")
     chat.system = [block for block in system if isinstance(block, Text) and block.text.strip()]
     for index, message in enumerate(message_list(body)):
@@ -5299,8 +5273,6 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     if chat.session:
         body["metadata"] = {"user_id": short_hash(chat.session, 32)}
     body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
-    if "thinking" not in body and chat.wants_thinking():
-        chat.dropped.append("thinking")
     if chat.temperature is not None:
         body["temperature"] = min(chat.temperature, 1)
     body.update(without_nulls({"top_p": chat.top_p, "top_k": chat.top_k}))
@@ -5743,17 +5715,14 @@ THINKING_ENVELOPE = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
 RESPONSES_FIELDS = field_table({
-    ("keep", "keep"):
-        "model input instructions max_output_tokens parallel_tool_calls prompt_cache_key reasoning "
-        "stream temperature text tool_choice tools top_p",
+    ("keep", "keep"): "model input instructions max_output_tokens parallel_tool_calls "
+    "prompt_cache_key reasoning stream temperature text tool_choice tools top_p",
     ("keep", "drop"): "metadata",  # echoed in a converted response
     ("drop", "keep"): "* context_management truncation",
     ("silent", "silent"): "client_metadata store stream_options",
-    ("refuse", "refuse"): "background conversation previous_response_id prompt",  # needs a store
-    ("drop", "drop"):
-        "access_programs background_options image include max_tool_calls moderation "
-        "prompt_cache_options prompt_cache_retention safety_identifier service_tier top_logprobs "
-        "user",
+    ("refuse", "refuse"): "background conversation previous_response_id prompt",  # need a store
+    ("drop", "drop"): "access_programs background_options image include max_tool_calls moderation "
+    "prompt_cache_options prompt_cache_retention safety_identifier service_tier top_logprobs user",
 })  # fmt: skip
 # Request fields that the response echoes, and their defaults.
 RESPONSES_ECHOED: Json = {
@@ -6062,7 +6031,7 @@ class ResponsesRequestReader:
             chat.output = OutputFormat(None)
         elif text_format.get("type") == "json_schema":
             chat.output = read_json_schema(text_format, "text.format")
-        chat.drop_fields(body, RESPONSES_FIELDS)
+        chat.dropped += split_fields(body, RESPONSES_FIELDS)[1]
 
 
 def write_responses_request(chat: Conversation, model: Model) -> Json:
@@ -6089,8 +6058,6 @@ def write_responses_request(chat: Conversation, model: Model) -> Json:
     if not effort and chat.thinking_budget:
         effort = effort_of_budget(chat.thinking_budget)
     level = clamp_effort(effort, model.efforts) if effort else None
-    if not level and chat.wants_thinking():
-        chat.dropped.append("thinking")
     text: Json = {}
     if chat.output:
         text_format = write_response_format(chat.output)
@@ -8323,16 +8290,11 @@ def allowed_api_host(url: str, config: CopilotConfig) -> bool:
 
 INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"
 CONTEXT_BETA = "context-management-2025-06-27"
-
-
 BETA = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def messages_betas(body: Json, client_betas: str, refused: Collection[str], model: Model) -> str:
-    """The betas that the client asks for and those this body needs, without the refused ones.
-
-    The list of betas is open, so unknown ones go up too.  A 1M window is a model of its own here.
-    """
+    """The client's betas, an open list, and those this body needs, without the refused ones."""
     betas = BETA.findall(client_betas)[:MAX_BETAS]
     betas = [beta for beta in betas if not beta.startswith(LONG_CONTEXT_BETA)]
     if get_dict(body, "thinking").get("type") == "enabled" and not model.adaptive:
@@ -8399,10 +8361,10 @@ class BodyDraft:
 
     def drop_fields(self, table: FieldTable) -> None:
         """Removes what upstreams refuse natively; raises UnsupportedFeature."""
-        omitted = omitted_fields(self.body, table, NATIVE, is_openai(self.model))
-        for name, is_missed in omitted.items():
-            del self.body[name]
-            self.dropped += [name] if is_missed else []
+        self.body, missed = split_fields(
+            self.body, table, native=True, openai=is_openai(self.model)
+        )
+        self.dropped += missed
 
     def set_tools(self, tools: list[Json]) -> None:
         if tools:
@@ -8714,8 +8676,8 @@ def is_openai(model: Model) -> bool:
 def adapt_chat_fields(draft: BodyDraft) -> None:
     """Drops refused fields, caps the output, and asks for the usage of every stream."""
     model = draft.model
-    if not is_openai(model):
-        refuse_choices(draft.body)
+    if not is_openai(model) and (int_field(draft.body, "n") or 1) > 1:
+        raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
     draft.drop_fields(CHAT_FIELDS)
     body = draft.body = without_nulls(draft.body)
     max_tokens = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
@@ -8969,8 +8931,9 @@ def adapt_responses_fields(draft: BodyDraft) -> None:
     Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11) become
     ordinary ones.
     """
+    refuse_state(draft.body)
+    draft.drop_fields(RESPONSES_FIELDS)
     body = draft.body
-    refuse_state(body)
     for index, item in enumerate(input_items(body)):
         path = f"input.{index}"
         if item_kind(item) == "item_reference":
@@ -8979,7 +8942,6 @@ def adapt_responses_fields(draft: BodyDraft) -> None:
             raise InvalidRequest(f"{path}: {problem}", param=path, code=code)
         if not item_kind(item):
             raise InvalidRequest(f"{path}.type: is required.", param=f"{path}.type")
-    draft.drop_fields(RESPONSES_FIELDS)
     body.update(store=False, include=[ENCRYPTED_REASONING])
     cache_key = body.get("prompt_cache_key")
     if isinstance(cache_key, str) and len(cache_key) > 64:
@@ -9247,10 +9209,9 @@ def strip_reasoning(body: Json) -> bool:
     return removed
 
 
-EMBEDDINGS_FIELDS = field_table({
-    ("keep", "keep"): "model input dimensions encoding_format",
-    ("drop", "drop"): "* user",
-})  # fmt: skip
+EMBEDDINGS_FIELDS = field_table(
+    {("keep", "keep"): "model input dimensions encoding_format", ("drop", "drop"): "* user"}
+)
 
 
 def read_embeddings(body: Json) -> tuple[list[str], bool]:
@@ -9367,20 +9328,12 @@ class Call:
         return dump_json(body) if self.received is None else self.received.dump(body)
 
 
-# A setting of a Conversation -> other fields in which clients ask for it.
-FIELD_SPELLINGS = {
-    "max_tokens": ("max_completion_tokens", "max_output_tokens"),
-    "thinking": ("reasoning_effort", "reasoning", "output_config"),
-    "verbosity": ("text.verbosity",),
-}
-
-
-def client_field(name: str, body: Json) -> str:
-    """The field of the client's body that asks for what was dropped."""
-    spellings = (name, *FIELD_SPELLINGS.get(name, ()))
-    return next((item for item in spellings if body.get(item.partition(".")[0])), name)
-
-
+# Field of a client -> the setting of a Conversation that it asks for.
+FIELD_SETTINGS = {
+    "max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens",
+    "text.verbosity": "verbosity", "output_config": "thinking", "reasoning": "thinking",
+    "reasoning_effort": "thinking",
+}  # fmt: skip
 CHAT_PARTS = ("text", "image_url", "refusal")
 FILE_PARTS = {"file", "document", "input_file"}
 
@@ -9447,13 +9400,18 @@ def write_call(
     upstream_body = upstream_dialect.write_request(conversation, model)
     if upstream_dialect is MESSAGES:
         add_cache_breakpoints(upstream_body)
+    wants_thinking = (conversation.effort or "none") != "none" or conversation.thinking_budget
+    if wants_thinking and not upstream_body.keys() & {"thinking", "reasoning"}:
+        # The other dialects' rules report it themselves.
+        conversation.dropped += ["thinking"] if upstream_dialect in (MESSAGES, RESPONSES) else []
+    asked_as = {FIELD_SETTINGS[name]: name for name in FIELD_SETTINGS if name.split(".")[0] in body}
     context.tagged_thinking = conversation.tagged_thinking
     return Call(
         model,
         upstream_dialect.name,
         upstream_body,
         request_info,
-        dropped=[client_field(name, body) for name in conversation.dropped],
+        dropped=[asked_as.get(name, name) for name in conversation.dropped],
         touched=conversation.touched,
     )
 
@@ -9677,11 +9635,8 @@ SYSTEM_REFUSED = re.compile(
 EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not permitted")
 # OpenAI's words for the same, with paths like `tools[0].strict`.
 UNKNOWN_FIELD = re.compile(
-    REFUSAL_OPENING + r"(?:(?:Unknown|Unsupported) parameter: '|Unrecognized request argument "
-    r"supplied: )([\w.\[\]-]{1,300})"
+    REFUSAL_OPENING + r"(?:Unknown|Unsupported) parameter: '([\w.\[\]-]{1,300})'"
 )
-BRACKETS = str.maketrans({"[": ".", "]": None})
-FIELD_NAME = re.compile(r"[\w-]{1,64}")
 KNOWN_FIELDS = frozenset((*CHAT_FIELDS, *MESSAGES_FIELDS, *RESPONSES_FIELDS))
 # Losing one of these would change what the client asked for: at the top level of a body, in an
 # object of a type that has it, and in any other object.
@@ -9708,13 +9663,12 @@ CLIENT_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "sc
 def read_rejections(
     message: str, code: str, sent: Json, known: Rejections, sent_betas: Collection[str] = ()
 ) -> list[tuple[str, str]]:
-    """What a refusal rejects, as (kind, name): only what was sent, without what is known.
-
-    A chat upstream's "invalid request body" names nothing: suspects all fields it may not know.
-    """
+    """What a refusal rejects, as (kind, name): only what was sent, without what is known."""
     paths = rejected_paths(message)
-    if code == "invalid_request_body":
-        paths += [key for key in sent if key not in KNOWN_FIELDS and FIELD_NAME.fullmatch(key)]
+    if code == "invalid_request_body":  # names nothing: what the upstream may not know is suspect
+        paths += [
+            key for key in sorted(sent.keys() - KNOWN_FIELDS) if re.fullmatch(r"\w{1,64}", key)
+        ]
     if paths:
         known_paths = known.get("field", ())
         return [("field", path) for path in paths if path not in known_paths]
@@ -9735,7 +9689,9 @@ def rejected_paths(message: str) -> list[str]:
     """`tools.0.custom.strict` -> `tools.*.custom.strict`, for fields the request can do without."""
     paths = []
     unknown = UNKNOWN_FIELD.match(message)
-    names = [unknown[1].translate(BRACKETS)] if unknown else EXTRA_FIELD.findall(message)
+    names = (
+        [unknown[1].replace("[", ".").replace("]", "")] if unknown else EXTRA_FIELD.findall(message)
+    )
     for name in names:
         steps = ["*" if step.isdecimal() else step for step in name.split(".")]
         *parents, last = steps
@@ -15217,14 +15173,11 @@ class CopilotAttempt(Attempt[CopilotToken]):
             provider.quota_watch.update_from_headers(response.headers)
             return None
         refusal = (response.status, response.headers, await self.read_error_body(response))
-        sent, rejections = call.sent or {}, self.rejections
-        betas = self.betas.split(",")
-        decision = classify_copilot_error(
-            *refusal, call.model, sent, rejections, time.time(), betas
-        )
-        provider.rejection_memory.add(
-            call.model.id, call.dialect, decision.rejections, time.monotonic()
-        )
+        sent, betas = call.sent or {}, self.betas.split(",")
+        facts = (*refusal, call.model, sent, self.rejections, time.time(), betas)
+        decision = classify_copilot_error(*facts)
+        learned = decision.rejections
+        provider.rejection_memory.add(call.model.id, call.dialect, learned, time.monotonic())
         provider.quota_watch.on_error(decision.error)
         if call.model.auto and response.status in (400, 401, 403, 404, 422):
             words = " ".join(read_error_response(response.status, refusal[2]))
@@ -17985,8 +17938,7 @@ class Gateway:
             raise
         self.record(request, provider, model, "embeddings", usage, None)
         payload["model"] = body["model"]
-        omitted = omitted_fields(body, EMBEDDINGS_FIELDS, NATIVE)
-        dropped = [name for name, is_missed in omitted.items() if is_missed]
+        _, dropped = split_fields(body, EMBEDDINGS_FIELDS)
         return Response(200, dump_json(payload), response_headers(provider, model, dropped))
 
     async def first_response(
@@ -18148,8 +18100,7 @@ class Gateway:
         call = await run_step(
             write_call, body, conversation, upstream_dialect, model, context, request_info
         )
-        if conversation is None:
-            call.betas = request.headers.get("anthropic-beta", "")
+        call.betas = "" if conversation else request.headers.get("anthropic-beta", "")
         translator = StreamTranslator(
             upstream_dialect, response_dialect, context, request_info.stream, request.id
         )
