@@ -9331,7 +9331,7 @@ class Call:
 # Field of a client -> the setting of a Conversation that it asks for.
 FIELD_SETTINGS = {
     "max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens",
-    "text.verbosity": "verbosity", "output_config": "thinking", "reasoning": "thinking",
+    "text": "verbosity", "output_config": "thinking", "reasoning": "thinking",
     "reasoning_effort": "thinking",
 }  # fmt: skip
 CHAT_PARTS = ("text", "image_url", "refusal")
@@ -9401,10 +9401,11 @@ def write_call(
     if upstream_dialect is MESSAGES:
         add_cache_breakpoints(upstream_body)
     wants_thinking = (conversation.effort or "none") != "none" or conversation.thinking_budget
-    if wants_thinking and not upstream_body.keys() & {"thinking", "reasoning"}:
-        # The other dialects' rules report it themselves.
-        conversation.dropped += ["thinking"] if upstream_dialect in (MESSAGES, RESPONSES) else []
-    asked_as = {FIELD_SETTINGS[name]: name for name in FIELD_SETTINGS if name.split(".")[0] in body}
+    if upstream_dialect in (MESSAGES, RESPONSES) and wants_thinking:  # other rules report it
+        is_written = upstream_body.keys() & {"thinking", "reasoning"}
+        conversation.dropped += [] if is_written else ["thinking"]
+    asked_as = {FIELD_SETTINGS[name]: name for name in FIELD_SETTINGS if body.get(name)}
+    asked_as |= {name: name for name in conversation.dropped if name in body}
     context.tagged_thinking = conversation.tagged_thinking
     return Call(
         model,

@@ -273,3 +273,31 @@ def test_openais_refusals_teach(refusal: str, path: str, field: str) -> None:
     assert not gw.read_rejections(refusal, "unknown_parameter", {field: 1}, {"field": [path]})
     assert not gw.read_rejections(f"quoted: {refusal}", "unknown_parameter", {field: 1}, {})
     assert not gw.read_rejections("Unknown parameter: 'messages'.", "unknown_parameter", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "asked", "named"),
+    [
+        (CHAT, KIRO_SONNET, {"max_tokens": None, "max_completion_tokens": 9},
+         "max_completion_tokens"),
+        (RESPONSES, KIRO_SONNET, {"max_output_tokens": 9}, "max_output_tokens"),
+        (RESPONSES, KIRO_SONNET, {"text": {"verbosity": "low"}}, "text"),
+        (CHAT, "claude-haiku-4.6", {"reasoning_effort": "high", "tool_choice": "required"},
+         "reasoning_effort"),
+        (MESSAGES, SONNET, {"output_config": {"effort": "high"}}, "output_config.effort"),
+        (MESSAGES, SONNET, {"output_config": {"task_budget": {"total": 9}}},
+         "output_config.task_budget"),
+        (MESSAGES, GPT, {"output_config": {"task_budget": {"total": 9}}},
+         "output_config.task_budget"),
+    ],
+)  # fmt: skip
+def test_a_loss_has_the_clients_own_name(
+    trio: Trio,  # noqa: F811
+    path: str,
+    model: str,
+    asked: Json,
+    named: str,
+) -> None:
+    body = {**asking(path, "hi", model), "tools": [tool(path)], **asked}
+    reply = trio.post(path, {name: value for name, value in body.items() if value is not None})
+    assert reply.status == 200 and named in names_dropped(reply)
