@@ -123,7 +123,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Container,
     Coroutine,
     Iterable,
     Iterator,
@@ -349,7 +348,8 @@ REASONING_MEMORY_ENTRIES = 500
 # What an upstream rejected is left out of later requests.  It is tried again after an hour, at the
 # price of one refused attempt: the service may have changed, or one client been odd.
 REJECTION_SECONDS = 3600.0
-MAX_REJECTIONS = 16  # per model and dialect, whatever odd clients add
+MAX_BETAS = 32  # of one request; Claude Code sends 10
+MAX_REJECTIONS = 64  # per model and dialect, whatever odd clients add
 MAX_REJECTION_SCOPES = 64  # pairs of model and dialect
 MAX_REJECTION_STEPS = 12  # in a path; the deepest known has 9
 
@@ -2509,8 +2509,52 @@ class OutputFormat:
     description: str = ""
 
 
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
 # From least reasoning to most; dialects and models support subsets.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+#: field -> verdicts on it, in a converted request and in one sent in its own dialect; "*" stands
+#: for all unknown fields.  "keep": read or sent.  "drop": left out, and reported if it asks for
+#: anything.  "openai": sent to models of OpenAI, else "drop".  "silent": left out, and the response
+#: does not depend on it.  "refuse": a 400 if it asks for anything.
+FieldTable = Mapping[str, tuple[str, str]]
+
+# Values that ask for what vendors do by default.
+DEFAULT_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "function_call": ("auto", "none"),
+    "include": ([ENCRYPTED_REASONING],), "modalities": (["text"],), "n": (1,),
+    "parallel_tool_calls": (True,), "presence_penalty": (0,), "speed": ("standard",),
+    "prompt_cache_retention": ("in_memory",), "service_tier": ("auto", "default"),
+    "temperature": (1,), "top_logprobs": (0,), "top_p": (1,), "truncation": ("disabled",),
+    "verbosity": ("medium",),
+}  # fmt: skip
+
+
+def field_table(rows: dict[tuple[str, str], str]) -> FieldTable:
+    """From the names that share a pair of verdicts."""
+    return {name: verdicts for verdicts, names in rows.items() for name in names.split()}
+
+
+def is_default(name: str, value: Any) -> bool:
+    defaults = DEFAULT_VALUES.get(name, ())
+    is_empty = value is None or value in ("", [], {})
+    return is_empty or value in defaults or (value is False and True not in defaults)
+
+
+def split_fields(
+    body: Json, table: FieldTable, *, native: bool = False, openai: bool = False
+) -> tuple[Json, list[str]]:
+    """(the fields to keep, names of those the client will miss); raises UnsupportedFeature."""
+    kept, missed = {}, []
+    for name, value in body.items():
+        verdict = table.get(name, table["*"])[native]
+        if verdict == "keep" or (verdict == "openai" and openai):
+            kept[name] = value
+        elif verdict != "silent" and not is_default(name, value):
+            if verdict == "refuse":
+                raise UnsupportedFeature(f"{name}: is not supported on this model.", param=name)
+            missed.append(name)
+    return kept, missed
 
 
 @dataclass(slots=True)
@@ -2538,6 +2582,9 @@ class Conversation:
     touched: list[str] = field(default_factory=list)  #: rules that changed it, for the log
     names: dict[str, str] = field(default_factory=dict)  #: client's tool names -> wire names
     turns_field: str = "messages"  #: the request's field for the turns, for errors
+
+    def drop_settings(self, *names: str) -> None:
+        self.dropped += [name for name in names if not is_default(name, getattr(self, name))]
 
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature if the model is to continue the last turn."""
@@ -4297,15 +4344,19 @@ CHAT_ENVELOPE = "gw1.c."
 CHAT_DELTAS = {"content": "text", "refusal": "refusal", "tool_calls": "arguments"}
 CHAT_DELTAS |= dict.fromkeys(REASONING_FIELDS, "thinking")
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
-# What a conversion reads, ignores or refuses; other fields are reported as dropped.
-CHAT_FIELDS = (
-    "model", "messages", "tools", "functions", "tool_choice", "function_call",
-    "parallel_tool_calls", "web_search_options", "max_tokens", "max_completion_tokens",
-    "temperature", "top_p", "top_k", "stop", "n", "verbosity", "reasoning_effort", "reasoning",
-    "thinking", "response_format", "prompt_cache_key", "safety_identifier", "user",
-    "modalities", "stream", "stream_options", "logit_bias", "audio", "logprobs", "top_logprobs",
-    "metadata", "store", "service_tier", "prompt_cache_retention", "prompt_cache_options",
-)  # fmt: skip
+CHAT_FIELDS = field_table({
+    ("keep", "keep"): "model messages tools tool_choice stream stream_options max_tokens "
+    "max_completion_tokens temperature top_p stop reasoning_effort response_format",
+    ("keep", "openai"): "parallel_tool_calls verbosity prompt_cache_key safety_identifier user",
+    ("keep", "drop"): "functions function_call web_search_options thinking reasoning top_k",
+    ("drop", "keep"): "* snippy intent thinking_budget",  # the named ones are Copilot's own
+    ("drop", "openai"): "seed prediction frequency_penalty presence_penalty",
+    ("refuse", "openai"): "n logit_bias logprobs top_logprobs",
+    ("refuse", "refuse"): "audio modalities",
+    ("drop", "drop"): "metadata store service_tier moderation prompt_cache_options "
+    "prompt_cache_retention cache_control chat_template_kwargs context_management enable_thinking "
+    "input max_output_tokens",
+})  # fmt: skip
 
 
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
@@ -4327,16 +4378,8 @@ def get_reasoning(holder: Json) -> str:
 
 def read_chat_request(body: Json) -> Conversation:
     """Raises UnsupportedFeature for what a converted response cannot express."""
-    if (int_field(body, "n") or 1) > 1:
-        raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-    for key in ("logit_bias", "audio", "logprobs", "top_logprobs"):
-        if body.get(key):
-            param = key.removeprefix("top_")
-            raise UnsupportedFeature(f"{param}: is not supported on this model.", param=param)
-    if "audio" in list_field(body, "modalities"):
-        raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
     chat = Conversation(model=need_str(body, "model"))
-    chat.dropped += [key for key in body if key not in CHAT_FIELDS and body[key]]
+    chat.dropped += split_fields(body, CHAT_FIELDS)[1]
     read_chat_messages(body, chat)
     chat.normalize()
     read_chat_tools(body, chat)
@@ -4492,8 +4535,7 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
     effort = chat.effort
     if effort is None and chat.thinking_budget:
         effort = effort_of_budget(chat.thinking_budget)
-    if chat.top_k is not None:
-        chat.dropped.append("top_k")
+    chat.drop_settings("top_k")
     body = {
         "model": model.id,
         "messages": messages,
@@ -4961,7 +5003,7 @@ class ChatDialect(Dialect):
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
-        session = body.get("prompt_cache_key") or body.get("user")
+        session = body.get("prompt_cache_key") or body.get("safety_identifier") or body.get("user")
         systems = (item.get("content") for item in messages if item.get("role") == "system")
         options = dict_field(body, "stream_options")
         return RequestInfo(
@@ -5038,13 +5080,18 @@ FROM_STOP_REASON = {
 TO_STOP_REASON = {ours: word for word, ours in FROM_STOP_REASON.items()}
 FROM_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 TO_TOOL_CHOICE = {ours: word for word, ours in FROM_TOOL_CHOICE.items()}
-# Request fields that are converted or mean nothing to other vendors; others are reported as
-# dropped.
-MESSAGES_FIELDS = (
-    "cache_control", "diagnostics", "fallbacks", "inference_geo", "max_tokens", "messages",
-    "metadata", "model", "output_config", "output_format", "stop_sequences", "stream", "system",
-    "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
-)  # fmt: skip
+MESSAGES_FIELDS = field_table({
+    ("keep", "keep"): "model messages system max_tokens stream stop_sequences temperature top_p "
+    "top_k tools tool_choice thinking output_config output_format",
+    ("keep", "silent"): "metadata",  # the user's device ids
+    ("silent", "keep"): "cache_control",
+    ("drop", "keep"): "context_management",
+    ("refuse", "drop"): "container mcp_servers",
+    ("refuse", "refuse"): "compaction thread",  # they change what the messages mean
+    # Copilot's endpoint refuses every unknown field.
+    ("drop", "drop"): "* billing_policy diagnostics fallback_credit_token fallbacks inference_geo "
+    "service_tier speed user_profile_id",
+})  # fmt: skip
 
 
 def is_billing_header(block: Any) -> bool:
@@ -5076,9 +5123,7 @@ def read_messages_session(body: Json) -> str:
 
 def read_messages_request(body: Json) -> Conversation:
     chat = Conversation(model=need_str(body, "model"))
-    for key in ("mcp_servers", "container"):
-        if body.get(key):
-            raise UnsupportedFeature(f"{key}: is not available on this model.", param=key)
+    chat.dropped += split_fields(body, MESSAGES_FIELDS)[1]
     system = read_parts(without_billing_header(body.get("system")), "system")
     chat.system = [block for block in system if isinstance(block, Text) and block.text.strip()]
     for index, message in enumerate(message_list(body)):
@@ -5098,6 +5143,8 @@ def read_messages_request(body: Json) -> Conversation:
     chat.session = read_messages_session(body)
     thinking, output_config = dict_field(body, "thinking"), dict_field(body, "output_config")
     chat.effort = word_field(output_config, "effort", EFFORTS, "output_config")
+    if output_config.get("task_budget"):
+        chat.dropped.append("output_config.task_budget")
     budget_tokens = int_field(thinking, "budget_tokens", "thinking") or 0
     if thinking.get("type") == "disabled":
         chat.effort = "none"
@@ -5108,7 +5155,6 @@ def read_messages_request(body: Json) -> Conversation:
     if output_format is not None:
         entry = need_dict(output_format, "output_config.format")
         chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
-    chat.dropped += [key for key in body if key not in MESSAGES_FIELDS and body[key] is not None]
     chat.name_tools()
     return chat
 
@@ -5231,6 +5277,7 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     if chat.temperature is not None:
         body["temperature"] = min(chat.temperature, 1)
     body.update(without_nulls({"top_p": chat.top_p, "top_k": chat.top_k}))
+    chat.drop_settings("verbosity")
     body["stream"] = True
     return body
 
@@ -5668,21 +5715,16 @@ class MessagesDialect(Dialect):
 THINKING_ENVELOPE = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
-# Dropped silently: the response does not depend on them.
-RESPONSES_UNREPORTED = (
-    "client_metadata",
-    "safety_identifier",
-    "service_tier",
-    "truncation",
-    "user",
-)
-# Request fields that are converted or silently dropped; others are reported as dropped.
-RESPONSES_FIELDS = (
-    "background", "conversation", "include", "input", "instructions", "max_output_tokens",
-    "metadata", "model", "parallel_tool_calls", "previous_response_id", "prompt",
-    "prompt_cache_key", "reasoning", "store", "stream", "stream_options", "temperature", "text",
-    "tool_choice", "tools", "top_p", *RESPONSES_UNREPORTED,
-)  # fmt: skip
+RESPONSES_FIELDS = field_table({
+    ("keep", "keep"): "model input instructions max_output_tokens parallel_tool_calls "
+    "prompt_cache_key reasoning stream temperature text tool_choice tools top_p",
+    ("keep", "drop"): "metadata",  # echoed in a converted response
+    ("drop", "keep"): "* context_management truncation",
+    ("silent", "silent"): "client_metadata store stream_options",
+    ("refuse", "refuse"): "background conversation previous_response_id prompt",  # need a store
+    ("drop", "drop"): "access_programs background_options image include max_tool_calls moderation "
+    "prompt_cache_options prompt_cache_retention safety_identifier service_tier top_logprobs user",
+})  # fmt: skip
 # Request fields that the response echoes, and their defaults.
 RESPONSES_ECHOED: Json = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
@@ -5990,10 +6032,7 @@ class ResponsesRequestReader:
             chat.output = OutputFormat(None)
         elif text_format.get("type") == "json_schema":
             chat.output = read_json_schema(text_format, "text.format")
-        chat.dropped += ["truncation"] if body.get("truncation") == "auto" else []
-        chat.dropped += [
-            key for key in body if key not in RESPONSES_FIELDS and body[key] is not None
-        ]
+        chat.dropped += split_fields(body, RESPONSES_FIELDS)[1]
 
 
 def write_responses_request(chat: Conversation, model: Model) -> Json:
@@ -6036,9 +6075,8 @@ def write_responses_request(chat: Conversation, model: Model) -> Json:
         "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
     }
     body.update({key: value for key, value in settings.items() if value is not None})
-    if chat.top_k is not None:
-        chat.dropped.append("top_k")
-    body.update(store=False, include=["reasoning.encrypted_content"], stream=True)
+    chat.drop_settings("top_k")
+    body.update(store=False, include=[ENCRYPTED_REASONING], stream=True)
     return body
 
 
@@ -7033,8 +7071,7 @@ def pass_settings(draft: KiroDraft) -> None:
             draft.extra["max_tokens"] = min(max(chat.max_tokens, low), high)
     if chat.max_tokens and draft.extra.get("max_tokens", math.inf) > chat.max_tokens:
         chat.dropped.append("max_tokens")
-    sampling = ("temperature", "top_p", "top_k")
-    chat.dropped += [name for name in sampling if getattr(chat, name) is not None]
+    chat.drop_settings("temperature", "top_p", "top_k", "verbosity")
 
 
 def insert_preface(draft: KiroDraft) -> None:
@@ -8254,16 +8291,18 @@ def allowed_api_host(url: str, config: CopilotConfig) -> bool:
 
 INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"
 CONTEXT_BETA = "context-management-2025-06-27"
+BETA = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def messages_betas(body: Json, client_betas: str, refused: Collection[str], model: Model) -> str:
-    """The betas this body needs; of those the client asked for, only interleaved thinking."""
-    is_interleaved = INTERLEAVED_BETA in [item.strip() for item in client_betas.split(",")]
-    wants_thinking = get_dict(body, "thinking").get("type") == "enabled" or is_interleaved
-    betas = [INTERLEAVED_BETA] if wants_thinking and not model.adaptive else []
+    """The client's betas, an open list, and those this body needs, without the refused ones."""
+    betas = BETA.findall(client_betas)[:MAX_BETAS]
+    betas = [beta for beta in betas if not beta.startswith(LONG_CONTEXT_BETA)]
+    if get_dict(body, "thinking").get("type") == "enabled" and not model.adaptive:
+        betas.append(INTERLEAVED_BETA)
     if "context_management" in body:
         betas.append(CONTEXT_BETA)  # without it the field is refused
-    return ",".join(beta for beta in betas if beta not in refused)
+    return ",".join(beta for beta in dict.fromkeys(betas) if beta not in refused)
 
 
 # 9.3 request bodies as Copilot accepts them
@@ -8317,13 +8356,16 @@ class BodyDraft:
     #: names of the fields left out
     dropped: list[str] = field(default_factory=list)
 
-    def drop(self, keys: Iterable[str], unreported: Container[str] = ()) -> None:
-        """Removes fields, and reports those that had a value."""
-        for key in keys:
-            value = self.body.pop(key, None)
-            is_empty = value is None or value is False or value in ({}, [])
-            if not is_empty and key not in unreported:
-                self.dropped.append(key)
+    def drop(self, *names: str) -> None:
+        """Removes fields, and reports those that ask for anything."""
+        self.dropped += [name for name in names if not is_default(name, self.body.pop(name, None))]
+
+    def drop_fields(self, table: FieldTable) -> None:
+        """Removes what upstreams refuse natively; raises UnsupportedFeature."""
+        self.body, missed = split_fields(
+            self.body, table, native=True, openai=is_openai(self.model)
+        )
+        self.dropped += missed
 
     def set_tools(self, tools: list[Json]) -> None:
         if tools:
@@ -8449,19 +8491,12 @@ def normalize_messages(draft: BodyDraft) -> None:
     ]
 
 
-MESSAGES_KEYS = (
-    "model", "messages", "system", "max_tokens", "stream", "stop_sequences", "temperature",
-    "top_p", "top_k", "tools", "tool_choice", "thinking", "output_config", "output_format",
-    "context_management", "cache_control",
-)  # fmt: skip
-
-
 def adapt_messages_fields(draft: BodyDraft) -> None:
-    body, model = draft.body, draft.model
-    # Upstream, unknown keys are a 400.  `metadata` holds the user's device ids.
-    draft.drop([key for key in body if key not in MESSAGES_KEYS], ("metadata",))
+    model = draft.model
+    draft.drop_fields(MESSAGES_FIELDS)
+    body = draft.body = without_nulls(draft.body)
     if "1m" in model.id.split("-"):  # the 1m window does not support context edits
-        draft.drop(["context_management"])
+        draft.drop("context_management")
     limit = model.max_output or DEFAULT_MAX_TOKENS
     max_tokens = int_field(body, "max_tokens")  # 0: only warms the cache
     body["max_tokens"] = limit if max_tokens is None else min(max_tokens, limit)
@@ -8544,30 +8579,35 @@ def adapt_thinking(draft: BodyDraft) -> None:
     # No sampling parameters with thinking or on newer models; otherwise only one of the two.
     thinks = body.get("thinking", {}).get("type") in ("enabled", "adaptive")
     if thinks or adaptive or (claude_version(model.id) or (0, 0)) >= (4, 7):
-        draft.drop(("temperature", "top_p", "top_k"))
+        draft.drop("temperature", "top_p", "top_k")
     elif "temperature" in body:
-        draft.drop(["top_p"])
+        draft.drop("top_p")
 
 
 def adapt_effort(draft: BodyDraft) -> None:
     """`output_config.effort` as the model lists it; no backend knows other keys (task_budget)."""
     body, efforts = draft.body, draft.model.efforts
-    effort = get_dict(body, "output_config").get("effort")
-    body.pop("output_config", None)
+    settings = body.pop("output_config", None) or {}
+    effort = settings.get("effort")
     if body.get("thinking", {}).get("type") == "disabled":
         efforts = tuple(item for item in efforts if item not in ("xhigh", "max"))
     level = clamp_effort(effort, efforts) if effort in EFFORTS else None
     if level and level not in draft.rejections.get("effort", ()):
         body["output_config"] = {"effort": level}
+    is_applied = "output_config" in body or "thinking" in body
+    lost = [key for key in settings if key != "format" and not (key == "effort" and is_applied)]
+    draft.dropped += [f"output_config.{key}" for key in lost if settings[key] is not None]
 
 
 def limit_cache_breakpoints(draft: BodyDraft) -> None:
     """At most four plain cache breakpoints, none on thinking; the last ones are kept."""
     body = draft.body
     candidates = [*body.get("tools", ()), *as_parts(body.get("system"))]
+    if body.pop("cache_control", None):
+        last = body["messages"][-1]
+        last["content"] = as_parts(last["content"])
+        last["content"][-1].setdefault("cache_control", {"type": "ephemeral"})
     message_parts = list(parts_of(body["messages"]))
-    if body.pop("cache_control", None) and message_parts:
-        message_parts[-1].setdefault("cache_control", {"type": "ephemeral"})
     for part in message_parts:
         candidates += parts_of([part] if part["type"] == "tool_result" else ())
         candidates.append(part)
@@ -8624,16 +8664,6 @@ MESSAGES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
     strip_rejected_fields,
 )  # fmt: skip
 
-CHAT_REFUSED_KEYS = (
-    "cache_control", "chat_template_kwargs", "enable_thinking", "input", "max_output_tokens",
-    "metadata", "moderation", "prompt_cache_options", "reasoning", "service_tier", "store",
-    "thinking", "top_k",
-)  # fmt: skip
-CHAT_OPENAI_ONLY = (
-    "logit_bias", "logprobs", "n", "parallel_tool_calls", "prediction", "prompt_cache_key",
-    "prompt_cache_retention", "safety_identifier", "seed", "top_logprobs", "user", "verbosity",
-    "web_search_options",
-)  # fmt: skip
 # Clients echo fields of earlier responses; the upstream knows only these.
 CHAT_MESSAGE_KEYS = (
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text", "reasoning_opaque"
@@ -8647,11 +8677,9 @@ def is_openai(model: Model) -> bool:
 def adapt_chat_fields(draft: BodyDraft) -> None:
     """Drops refused fields, caps the output, and asks for the usage of every stream."""
     model = draft.model
-    draft.drop(CHAT_REFUSED_KEYS)
-    if not is_openai(model):
-        if (int_field(draft.body, "n") or 1) > 1:
-            raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-        draft.drop(CHAT_OPENAI_ONLY, ("n",))
+    if not is_openai(model) and (int_field(draft.body, "n") or 1) > 1:
+        raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
+    draft.drop_fields(CHAT_FIELDS)
     body = draft.body = without_nulls(draft.body)
     max_tokens = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
     for key in ("max_completion_tokens", "max_tokens", "stream_options"):
@@ -8864,9 +8892,9 @@ def adapt_chat_reasoning(draft: BodyDraft) -> None:
     is_reasoning = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
     version = claude_version(model.id)
     if is_reasoning or (version or (0, 0)) >= (4, 7):
-        draft.drop(("temperature", "top_p"))
+        draft.drop("temperature", "top_p")
     elif version and "temperature" in body:
-        draft.drop(["top_p"])
+        draft.drop("top_p")
     if REASONING_GPT.match(model.id):
         body.pop("stop", None)  # the gateway cuts instead
 
@@ -8895,12 +8923,6 @@ CHAT_RULES: tuple[Callable[[BodyDraft], None], ...] = (
     adapt_chat_fields, adapt_chat_messages, adapt_chat_tools, adapt_chat_reasoning,
     inline_response_format, strip_rejected_fields,
 )  # fmt: skip
-RESPONSES_KEYS = (
-    "context_management", "include", "input", "instructions", "max_output_tokens", "model",
-    "parallel_tool_calls", "prompt_cache_key", "reasoning", "store", "stream", "temperature",
-    "text", "tool_choice", "tools", "top_p", "truncation",
-)  # fmt: skip
-ENCRYPTED_REASONING = "reasoning.encrypted_content"
 CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
 
 
@@ -8910,8 +8932,9 @@ def adapt_responses_fields(draft: BodyDraft) -> None:
     Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11) become
     ordinary ones.
     """
+    refuse_state(draft.body)
+    draft.drop_fields(RESPONSES_FIELDS)
     body = draft.body
-    refuse_state(body)
     for index, item in enumerate(input_items(body)):
         path = f"input.{index}"
         if item_kind(item) == "item_reference":
@@ -8920,8 +8943,6 @@ def adapt_responses_fields(draft: BodyDraft) -> None:
             raise InvalidRequest(f"{path}: {problem}", param=path, code=code)
         if not item_kind(item):
             raise InvalidRequest(f"{path}.type: is required.", param=f"{path}.type")
-    unreported = (*RESPONSES_UNREPORTED, "metadata", "stream_options")
-    draft.drop([key for key in body if key not in RESPONSES_KEYS], unreported)
     body.update(store=False, include=[ENCRYPTED_REASONING])
     cache_key = body.get("prompt_cache_key")
     if isinstance(cache_key, str) and len(cache_key) > 64:
@@ -9150,7 +9171,7 @@ def adapt_responses_settings(draft: BodyDraft) -> None:
     if body.get("text") is not None:
         body["text"] = without_nulls(dict_field(body, "text"))
     if REASONING_GPT.match(model.id):
-        draft.drop(("temperature", "top_p"))
+        draft.drop("temperature", "top_p")
     draft.body = without_nulls(body)
 
 
@@ -9187,6 +9208,11 @@ def strip_reasoning(body: Json) -> bool:
             removed = removed or len(remaining) < len(content)
             message["content"] = remaining or [text_part("(thinking)")]
     return removed
+
+
+EMBEDDINGS_FIELDS = field_table(
+    {("keep", "keep"): "model input dimensions encoding_format", ("drop", "drop"): "* user"}
+)
 
 
 def read_embeddings(body: Json) -> tuple[list[str], bool]:
@@ -9288,7 +9314,7 @@ class Call:
     dialect: str
     body: Json
     request_info: RequestInfo
-    betas: str = ""  #: the client's anthropic-beta header
+    betas: str = ""  #: the client's anthropic-beta header, if this is in its dialect
     #: names of omitted and of adapted parts; the provider adds to them
     dropped: list[str] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
@@ -9303,6 +9329,12 @@ class Call:
         return dump_json(body) if self.received is None else self.received.dump(body)
 
 
+# Field of a client -> the setting of a Conversation that it asks for.
+FIELD_SETTINGS = {
+    "max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens",
+    "text": "verbosity", "output_config": "thinking", "reasoning": "thinking",
+    "reasoning_effort": "thinking",
+}  # fmt: skip
 CHAT_PARTS = ("text", "image_url", "refusal")
 FILE_PARTS = {"file", "document", "input_file"}
 
@@ -9369,13 +9401,19 @@ def write_call(
     upstream_body = upstream_dialect.write_request(conversation, model)
     if upstream_dialect is MESSAGES:
         add_cache_breakpoints(upstream_body)
+    wants_thinking = (conversation.effort or "none") != "none" or conversation.thinking_budget
+    if upstream_dialect in (MESSAGES, RESPONSES) and wants_thinking:  # other rules report it
+        is_written = upstream_body.keys() & {"thinking", "reasoning"}
+        conversation.dropped += [] if is_written else ["thinking"]
+    asked_as = {FIELD_SETTINGS[name]: name for name in FIELD_SETTINGS if body.get(name)}
+    asked_as |= {name: name for name in conversation.dropped if name in body}
     context.tagged_thinking = conversation.tagged_thinking
     return Call(
         model,
         upstream_dialect.name,
         upstream_body,
         request_info,
-        dropped=conversation.dropped,
+        dropped=[asked_as.get(name, name) for name in conversation.dropped],
         touched=conversation.touched,
     )
 
@@ -9566,6 +9604,7 @@ def classify_copilot_error(
     sent: Json,
     rejections: Rejections,
     now: float,
+    sent_betas: Collection[str] = (),
 ) -> RetryDecision:
     """Classifies a response of the model service; `rejections` were applied to `sent`."""
     message, code = read_error_response(status, data)
@@ -9577,14 +9616,14 @@ def classify_copilot_error(
     decision = classify(COPILOT_FAULTS, status, code, message, param=param, **facts)
     is_plain_400 = status == 400 and type(decision.error) is InvalidRequest
     if is_plain_400 and decision.action in ("", "forget"):
-        decision.rejections = read_rejections(message, code, sent, rejections)
+        decision.rejections = read_rejections(message, code, sent, rejections, sent_betas)
         decision.action = "repair" if decision.rejections else decision.action
     account_limits = r"(?:user_global|user_weekly|integration)_rate_limited"
     decision.account_wide = status == 429 and re.fullmatch(account_limits, code) is not None
     return with_wait(decision, read_wait(headers, message, now), "pause", "cool_down")
 
 
-BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
+BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,4000}?) for the `?anthropic-beta`? header")
 # Matched at the start of a message only: what follows may quote the client.
 REFUSAL_OPENING = r"(?:(?:invalid_\w{1,40}|messages\.\d{1,9}): )?"
 EFFORT_REFUSED = re.compile(
@@ -9596,6 +9635,11 @@ SYSTEM_REFUSED = re.compile(
     REFUSAL_OPENING + r"""(?:Unexpected role "system"|role 'system' is not supported)"""
 )
 EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not permitted")
+# OpenAI's words for the same, with paths like `tools[0].strict`.
+UNKNOWN_FIELD = re.compile(
+    REFUSAL_OPENING + r"(?:Unknown|Unsupported) parameter: '([\w.\[\]-]{1,300})'"
+)
+KNOWN_FIELDS = frozenset((*CHAT_FIELDS, *MESSAGES_FIELDS, *RESPONSES_FIELDS))
 # Losing one of these would change what the client asked for: at the top level of a body, in an
 # object of a type that has it, and in any other object.
 BODY_KEYS = frozenset((
@@ -9619,12 +9663,17 @@ CLIENT_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "sc
 
 
 def read_rejections(
-    message: str, code: str, sent: Json, known: Rejections
+    message: str, code: str, sent: Json, known: Rejections, sent_betas: Collection[str] = ()
 ) -> list[tuple[str, str]]:
-    """What a refusal rejects, as (kind, name): only what `sent` has, without what is known."""
-    if EXTRA_FIELD.search(message):
+    """What a refusal rejects, as (kind, name): only what was sent, without what is known."""
+    paths = rejected_paths(message)
+    if code == "invalid_request_body":  # names nothing: what the upstream may not know is suspect
+        paths += [
+            key for key in sorted(sent.keys() - KNOWN_FIELDS) if re.fullmatch(r"\w{1,64}", key)
+        ]
+    if paths:
         known_paths = known.get("field", ())
-        return [("field", path) for path in rejected_paths(message) if path not in known_paths]
+        return [("field", path) for path in paths if path not in known_paths]
     if THINKING_REFUSED.match(message) and get_dict(sent, "thinking").get("type") == "enabled":
         return [("thinking", "enabled")]
     if code == "invalid_reasoning_effort" or EFFORT_REFUSED.match(message):
@@ -9634,15 +9683,19 @@ def read_rejections(
         roles = [get_dict({"": turn}, "").get("role") for turn in sent.get("messages", ())]
         return [("system", "turns")] if "system" in roles else []
     betas = BETA_REFUSED.match(message)
-    names = re.findall(r"[\w.-]+", betas[1]) if betas else []
-    return [("beta", name) for name in names if name in (INTERLEAVED_BETA, CONTEXT_BETA)]
+    names = BETA.findall(betas[1]) if betas else []
+    return [("beta", name) for name in names if name in sent_betas]
 
 
 def rejected_paths(message: str) -> list[str]:
     """`tools.0.custom.strict` -> `tools.*.custom.strict`, for fields the request can do without."""
     paths = []
-    for match in EXTRA_FIELD.finditer(message):
-        steps = ["*" if step.isdecimal() else step for step in match[1].split(".")]
+    unknown = UNKNOWN_FIELD.match(message)
+    names = (
+        [unknown[1].replace("[", ".").replace("]", "")] if unknown else EXTRA_FIELD.findall(message)
+    )
+    for name in names:
+        steps = ["*" if step.isdecimal() else step for step in name.split(".")]
         *parents, last = steps
         needed = TYPED_KEYS.get(parents[-1], NESTED_KEYS) if parents else BODY_KEYS
         is_client_data = len(steps) > MAX_REJECTION_STEPS or CLIENT_DATA & set(parents[1:])
@@ -15073,6 +15126,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
         self.interaction = hash_uuid(request_info.session or call.model.id + request_info.opening)
         self.initial_dropped = list(call.dropped)
         self.rejections: Rejections = {}
+        self.betas = ""  #: as last sent
 
     def body(self) -> Json:
         provider, call = self.provider, self.call
@@ -15109,9 +15163,10 @@ class CopilotAttempt(Attempt[CopilotToken]):
             headers["Copilot-Vision-Request"] = "true"
         if call.dialect == "messages":
             headers["anthropic-version"] = "2023-06-01"
-            betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
-            if betas:
-                headers["anthropic-beta"] = betas
+            refused = self.rejections.get("beta", ())
+            self.betas = messages_betas(body, call.betas, refused, call.model)
+            if self.betas:
+                headers["anthropic-beta"] = self.betas
         if call.model.headers:
             own_names = {name.lower() for name in headers}
             model_headers = call.model.headers.items()
@@ -15124,12 +15179,11 @@ class CopilotAttempt(Attempt[CopilotToken]):
             provider.quota_watch.update_from_headers(response.headers)
             return None
         refusal = (response.status, response.headers, await self.read_error_body(response))
-        sent, rejections = call.sent or {}, self.rejections
-        decision = classify_copilot_error(*refusal, call.model, sent, rejections, time.time())
-        rejection_memory = decision.rejections
-        provider.rejection_memory.add(
-            call.model.id, call.dialect, rejection_memory, time.monotonic()
-        )
+        sent, betas = call.sent or {}, self.betas.split(",")
+        facts = (*refusal, call.model, sent, self.rejections, time.time(), betas)
+        decision = classify_copilot_error(*facts)
+        learned = decision.rejections
+        provider.rejection_memory.add(call.model.id, call.dialect, learned, time.monotonic())
         provider.quota_watch.on_error(decision.error)
         if call.model.auto and response.status in (400, 401, 403, 404, 422):
             words = " ".join(read_error_response(response.status, refusal[2]))
@@ -17457,6 +17511,12 @@ DIALECT_PREFIXES: dict[str, Dialect] = {
 }
 
 
+def response_headers(provider: Provider, model: Model, dropped: Iterable[str]) -> dict[str, str]:
+    headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
+    names = [name for name in dict.fromkeys(dropped) if TOKEN.fullmatch(name)]
+    return {**headers, "x-aiclient-dropped": ", ".join(names)} if names else headers
+
+
 class Gateway:
     """What happens between a request and its response.  It owns nothing but references."""
 
@@ -17884,8 +17944,8 @@ class Gateway:
             raise
         self.record(request, provider, model, "embeddings", usage, None)
         payload["model"] = body["model"]
-        headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
-        return Response(200, dump_json(payload), headers)
+        _, dropped = split_fields(body, EMBEDDINGS_FIELDS)
+        return Response(200, dump_json(payload), response_headers(provider, model, dropped))
 
     async def first_response(
         self,
@@ -18047,7 +18107,7 @@ class Gateway:
         call = await run_step(
             write_call, body, conversation, upstream_dialect, model, context, request_info
         )
-        call.betas = request.headers.get("anthropic-beta", "")
+        call.betas = "" if conversation else request.headers.get("anthropic-beta", "")
         translator = StreamTranslator(
             upstream_dialect, response_dialect, context, request_info.stream, request.id
         )
@@ -18180,13 +18240,7 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """No credits on a stream: what it costs is not known yet."""
-        headers = {
-            "x-aiclient-provider": self.provider.name,
-            "x-aiclient-model": self.call.model.id,
-        }
-        dropped = [name for name in self.call.dropped if TOKEN.fullmatch(name)]
-        if dropped:
-            headers["x-aiclient-dropped"] = ", ".join(dict.fromkeys(dropped))
+        headers = response_headers(self.provider, self.call.model, self.call.dropped)
         record = self.request.usage_record
         if record is not None and record.usage.credits_source:
             headers["x-aiclient-credits"] = f"{record.usage.nano_credits / 1e9:.9g}"

@@ -552,7 +552,7 @@ def test_a_conversation_goes_up_as_it_was_spelled(pair: Pair, path: str, model: 
 
 
 def test_what_is_left_out_is_named(pair: Pair) -> None:
-    reply = pair.ask(MESSAGES, "hi", SONNET, service_tier="auto", speed="fast")
+    reply = pair.ask(MESSAGES, "hi", SONNET, service_tier="standard_only", speed="fast")
     assert reply.headers["x-aiclient-dropped"] == "service_tier, speed"
 
 
@@ -638,8 +638,23 @@ def test_a_caller_s_headers_stay_here(pair: Pair) -> None:
     )  # fmt: skip
     assert reply.status == 200
     headers = pair.fake.calls[0].headers
-    assert "anthropic-beta" not in headers
+    assert headers["anthropic-beta"] == "claude-code-20250219"
     assert not [mark for mark in ("KEYMARK", "COOKIEMARK", "CUSTOMMARK") if mark in str(headers)]
+    pair.fake.violations.clear()  # the imitation takes few betas
+
+
+def test_refused_betas_are_left_out_at_once_and_from_then_on() -> None:
+    with ExitStack() as stack:
+        pair = start(stack)
+        betas = f"{', '.join(f'news-{n}-2026-11-01' for n in range(12))},{gw.CONTEXT_BETA}"
+        for _ in range(2):
+            assert pair.post(MESSAGES, asking("hi", SONNET), Anthropic_Beta=betas).status == 200
+        assert pair.post(CHAT, asking("hi", SONNET), Anthropic_Beta=betas).status == 200
+        assert pair.post(MESSAGES, asking("hi", GPT), Anthropic_Beta=betas).status == 200
+        sent = [call.headers.get("anthropic-beta", "") for call in pair.fake.calls]
+        assert sent == [betas.replace(" ", ""), gw.CONTEXT_BETA, gw.CONTEXT_BETA, "", ""]
+        assert len(pair.fake.violations) == 1
+        pair.fake.violations.clear()
 
 
 # ---- tokens --------------------------------------------------------------------------------------

@@ -429,6 +429,7 @@ def test_unknown_fields_of_a_chat_body_are_dropped_by_name() -> None:
     assert CHAT.read_request({"model": "m", "messages": [user("a")], **more}).dropped == [
         "seed",
         "speed",
+        "metadata",
     ]
 
 

@@ -392,16 +392,21 @@ BUDGET = {"type": "enabled", "budget_tokens": 2000}
     ("model", "asked", "fields", "sent"),
     [
         (SONNET, "", {}, ""),
-        (SONNET, "claude-code-20250219,oauth-2025-04-20,effort-2025-11-24", {}, ""),
-        (SONNET, "context-1m-2025-08-07, prompt-caching-2024-07-31", {}, ""),
+        (SONNET, "claude-code-20250219, effort-2025-11-24", {},
+         "claude-code-20250219,effort-2025-11-24"),
+        (SONNET, "new-2027-01-01,new-2027-01-01", {}, "new-2027-01-01"),
+        (SONNET, "context-1m-2025-08-07, prompt-caching-2024-07-31", {},
+         "prompt-caching-2024-07-31"),
+        (SONNET, ", ,\u00e9", {}, ""),
+        (SONNET, "effort-2025-11-24", {"thinking": BUDGET}, f"effort-2025-11-24,{INTERLEAVED}"),
         (SONNET, INTERLEAVED, {"thinking": BUDGET}, INTERLEAVED),
         (SONNET, "", {"thinking": BUDGET}, INTERLEAVED),
-        (OPUS, INTERLEAVED, {"thinking": {"type": "adaptive"}}, ""),
+        (OPUS, INTERLEAVED, {"thinking": {"type": "adaptive"}}, INTERLEAVED),
         (SONNET, "", {"context_management": {"edits": []}}, CONTEXT),
         (SONNET, CONTEXT, {"context_management": {"edits": []}}, CONTEXT),
     ],
-)
-def test_only_betas_that_copilot_knows_go_up(
+)  # fmt: skip
+def test_betas_of_the_client_and_of_the_body_go_up(
     model: str, asked: str, fields: Json, sent: str
 ) -> None:
     assert gw.messages_betas(fields, asked, set(), MODELS[model]) == sent
@@ -416,7 +421,7 @@ def test_a_beta_that_was_refused_once_stays_away() -> None:
 
 
 def test_unknown_keys_of_a_messages_body_are_dropped_and_named() -> None:
-    extra: Json = {"service_tier": "auto", "speed": "fast", "container": "c"}
+    extra: Json = {"service_tier": "standard_only", "speed": "fast", "container": "c"}
     scrubbed = scrub(
         "messages",
         SONNET,
@@ -762,7 +767,7 @@ def test_a_mark_for_the_whole_body_moves_to_its_last_block() -> None:
 
 
 def test_keys_that_the_service_refuses_or_only_openai_knows_are_dropped_and_named() -> None:
-    refused: Json = {"service_tier": "auto", "store": True, "metadata": {"a": "b"}, "top_k": 5}
+    refused: Json = {"service_tier": "flex", "store": True, "metadata": {"a": "b"}, "top_k": 5}
     own: Json = {"seed": 1, "logit_bias": {"5": 1}, "user": "u", "parallel_tool_calls": False}
     scrubbed = scrub("chat", "gpt-4.1", tools=[function()], **refused, **own)
     assert set(scrubbed.dropped) == set(refused)
@@ -1309,7 +1314,8 @@ def judge(
     sent = sent or {
         "thinking": BUDGET, "output_config": {"effort": "high"}, "messages": [turn]
     }  # fmt: skip
-    return gw.classify_copilot_error(status, fields, body, MODELS[SONNET], sent, {}, NOW)
+    betas = [gw.CONTEXT_BETA]
+    return gw.classify_copilot_error(status, fields, body, MODELS[SONNET], sent, {}, NOW, betas)
 
 
 @pytest.mark.parametrize("name", JUDGED)
