@@ -3202,13 +3202,15 @@ def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float 
     return total + estimate_text("".join(texts), prices)
 
 
-def estimate_request(body: Json) -> int:
+def estimate_request(body: Json, model: str = "") -> int:
     """Approximate input tokens of a chat, messages or responses body, at least 2.
+
+    `model` is the one that the body's name stands for, if that is another.
 
     What vendors add for tools, and what a key of a tool's schema costs, was measured in 2026-11:
     Claude gets JSON and some 500 tokens of instructions, OpenAI's models terser declarations.
     """
-    prices = byte_prices(str(body.get("model") or ""))
+    prices = byte_prices(model or str(body.get("model") or ""))
     is_claude_like = prices is not OPENAI_PRICES
     turns = body.get("messages") or body.get("input")
     total = 3.0 + (4 * len(turns) if isinstance(turns, list) else 4)
@@ -3246,6 +3248,7 @@ class ResponseContext:
     id: str
     created: int  #: Unix seconds
     model: str  #: the model name the client used
+    upstream_model: str = ""  #: what that name stands for, if it is known
     include_usage: bool = False
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
@@ -3265,7 +3268,15 @@ class ResponseContext:
 
     @functools.cached_property
     def input_estimate(self) -> int:
-        return estimate_request(self.request_body)
+        return estimate_request(self.request_body, self.upstream_model)
+
+    @functools.cached_property
+    def prices(self) -> bytes:
+        return byte_prices(self.upstream_model or self.model)
+
+    def estimate(self, *texts: str) -> float:
+        """Approximate tokens of a part of the response."""
+        return estimate_text("".join(texts), self.prices)
 
 
 Delta = tuple[str, str]  # (text, thinking, arguments, input or refusal; what is appended to it)
@@ -4820,7 +4831,7 @@ class ChatRelay:
     output_estimate: float = 0.0
     finished: bool = False
     base: Json = field(default_factory=dict)  #: the fields that all chunks share
-    started: bool = False
+    opened: set[int] = field(default_factory=set)  #: choices whose role was sent
     finish_reasons: dict[int, str] = field(default_factory=dict)  #: per choice
     call_indexes: dict[tuple[int, int], int] = field(default_factory=dict)
     call_ids: list[str] = field(default_factory=list)
@@ -4856,11 +4867,16 @@ class ChatRelay:
         frame.update(self.base, choices=choices)
         frame.pop("usage", None)
         drop_vendor_fields(frame)
-        is_first, self.started = not self.started, True
-        if not is_first or any("role" in choice["delta"] for choice in choices):
-            return [frame]
-        opening = chunk_choice({"role": "assistant", "content": ""})
-        return [{**frame, "choices": [opening]}, frame]
+        self.opened |= {choice["index"] for choice in choices if "role" in choice["delta"]}
+        return [*self.open_choices(frame, [choice["index"] for choice in choices]), frame]
+
+    def open_choices(self, base: Json, indexes: Iterable[int]) -> list[Json]:
+        """A chunk with the role of the choices that have none yet: strict clients need it."""
+        unopened = [index for index in indexes if index not in self.opened]
+        self.opened.update(unopened)
+        role = {"role": "assistant", "content": ""}
+        choices = [chunk_choice(role, index=index) for index in unopened]
+        return [{**base, "choices": choices}] if choices else []
 
     def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
@@ -4886,11 +4902,11 @@ class ChatRelay:
             ]
         else:
             delta.pop("tool_calls", None)
-        if isinstance(delta.get("content"), str):
-            self.output_estimate += estimate_text(delta["content"])
+        texts = (get_text(delta, "content"), get_text(delta, "refusal"), get_reasoning(delta))
+        self.output_estimate += self.context.estimate(*texts)
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
-        if self.started:
+        if index in self.opened:
             delta.pop("role", None)
         return {**choice, "index": index, "delta": delta, "finish_reason": None}
 
@@ -4906,11 +4922,13 @@ class ChatRelay:
             self.guards.append(RunawayGuard())
         self.guard = self.guards[index]
         self.guard.check(str(arguments))
+        self.output_estimate += self.context.estimate(str(arguments))
         if not is_first:
             return {"index": index, "function": {"arguments": arguments}}
         name = str(function.get("name") or "")
         call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
         self.call_ids.append(str(call_id))
+        self.output_estimate += self.context.estimate(name)
         function = {"name": self.context.names.get(name, name), "arguments": arguments}
         first_fields = {"index": index, "id": call_id, "type": "function", "function": function}
         extra = {key: value for key, value in call.items() if key not in first_fields}
@@ -4921,8 +4939,7 @@ class ChatRelay:
             self.guard.check(text)
         elif kind == "thinking":
             self.reasoning.append(text)
-        elif kind == "text":
-            self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -4932,7 +4949,7 @@ class ChatRelay:
         self.finished = True
         if self.opaque and self.context.store_reasoning:
             self.context.store_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
-        frames = []
+        frames = self.open_choices(self.base, sorted(self.finish_reasons))
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_STOP_REASONS:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
@@ -5299,9 +5316,59 @@ FROM_DELTA = {
 }
 
 
+def unfold_message(message: Json) -> list[Json]:
+    """The frames of a whole message but the last; those of its stop only if it has one.
+
+    Text and tool input come as deltas: clients do not read them from the first frame.
+    """
+    empty = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
+    frames: list[Json] = [{"type": "message_start", "message": empty}]
+    for index, block in enumerate(get_dicts(message, "content")):
+        start, deltas = dict(block), []
+        if block.get("type") == "tool_use":
+            start["input"] = {}
+            text = dump_text(block.get("input") or {})
+            deltas = [{"type": "input_json_delta", "partial_json": text}]
+        elif block.get("type") in ("text", "thinking"):
+            for key in ("text", "thinking", "signature"):
+                if isinstance(block.get(key), str):
+                    start[key] = ""
+                    deltas.append({"type": f"{key}_delta", key: block[key]})
+        position = {"index": index}
+        frames.append({"type": "content_block_start", **position, "content_block": start})
+        frames += [{"type": "content_block_delta", **position, "delta": d} for d in deltas]
+        frames.append({"type": "content_block_stop", **position})
+    if message.get("stop_reason"):
+        delta = {key: message.get(key) for key in ("stop_reason", "stop_sequence")}
+        if message.get("stop_details"):
+            delta["stop_details"] = message["stop_details"]
+        usage = dict(get_dict(message, "usage"))
+        last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
+        if "copilot_usage" in message:
+            last["copilot_usage"] = message["copilot_usage"]
+        frames.append(last)
+    return frames
+
+
+def unfold_start(frame: Json, started_id: str | None) -> list[Json]:
+    """The frames that a `message_start` stands for; `started_id`: of the message that began.
+
+    It may be repeated, and with tools that are called from code it holds the whole message (seen
+    in 2026-11).  Raises UpstreamError for a second message.
+    """
+    message = get_dict(frame, "message")
+    if started_id is None:
+        is_whole = message.get("content") or message.get("stop_reason")
+        return unfold_message(message) if is_whole else [frame]
+    if get_text(message, "id") != started_id:
+        raise UpstreamError(PROTOCOL_VIOLATION)
+    return []
+
+
 class MessagesReader(Reader):
     def __init__(self, context: ResponseContext) -> None:
         self.usage = Usage()
+        self.message_id: str | None = None
         self.message_stop: MessageStop | None = None
 
     def read(self, frame: Json) -> list[Event]:
@@ -5318,9 +5385,13 @@ class MessagesReader(Reader):
         if kind == "content_block_stop":
             return [BlockStop()]
         if kind == "message_start":
+            parts = unfold_start(frame, self.message_id)
+            if parts != [frame]:
+                return [event for part in parts for event in self.read(part)]
             message = get_dict(frame, "message")
+            self.message_id = get_text(message, "id")
             read_usage(message, MESSAGES_USAGE, self.usage)
-            return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
+            return [MessageStart(self.message_id, str(message.get("model") or ""))]
         if kind == "message_stop":
             return self.end()
         if kind == "error" or "error" in frame:
@@ -5472,7 +5543,7 @@ class MessagesRelay:
         self.usage = Usage()
         self.output_estimate = 0.0
         self.finished = False
-        self.started = False
+        self.message_id: str | None = None
         self.has_stop_reason = False
         self.has_tool_call = False
         self.block_count = 0
@@ -5486,11 +5557,14 @@ class MessagesRelay:
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
         # AI SDK clients fail on unknown event types, so those are dropped.
-        if kind not in MESSAGES_EVENTS or (kind == "ping" and not self.started):
+        if kind not in MESSAGES_EVENTS or (kind == "ping" and self.message_id is None):
             return []
         if kind == "message_start":
-            self.started = True
+            parts = unfold_start(frame, self.message_id)
+            if parts != [frame]:
+                return [repaired for part in parts for repaired in self.repair(part)]
             message = get_dict(frame, "message")
+            self.message_id = get_text(message, "id")
             read_usage(message, MESSAGES_USAGE, self.usage)
             usage = {**get_dict(message, "usage"), "output_tokens": self.usage.output}
             usage["input_tokens"] = self.usage.input
@@ -5498,7 +5572,7 @@ class MessagesRelay:
                 usage["input_tokens"] = self.context.input_estimate
             message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
             frame["message"] = message
-        elif not self.started:
+        elif self.message_id is None:
             raise UpstreamError(PROTOCOL_VIOLATION)
         elif kind in BLOCK_EVENTS:
             self.repair_block(kind, frame)
@@ -5533,20 +5607,21 @@ class MessagesRelay:
         if is_start and content.get("type") == "tool_use":
             self.has_tool_call = True
             self.guard = RunawayGuard()
-            name = content.get("name")
-            if isinstance(name, str):
-                content["name"] = self.context.names.get(name, name)
-        elif not is_start:
-            arguments = str(content.get("partial_json") or "")
+            name = get_text(content, "name")
+            arguments = dump_text(content["input"]) if content.get("input") else ""
+            self.output_estimate += self.context.estimate(name, arguments)
+            content["name"] = self.context.names.get(name, name)
+        else:
+            arguments = get_text(content, "partial_json")
             if arguments:
                 self.guard.check(arguments)
-            text = content.get("text") or content.get("thinking") or arguments
-            self.output_estimate += estimate_text(str(text))
+            text = get_text(content, "text") or get_text(content, "thinking") or arguments
+            self.output_estimate += self.context.estimate(text)
 
     def track(self, kind: str, text: str) -> None:
         if kind == "arguments":
             self.guard.check(text)
-        self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -5613,31 +5688,7 @@ class MessagesDialect(Dialect):
         )
 
     def expand(self, response: Json) -> list[Json]:
-        """Text and tool input come as deltas: clients do not read them from the first frame."""
-        message = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
-        frames: list[Json] = [{"type": "message_start", "message": message}]
-        for index, block in enumerate(get_dicts(response, "content")):
-            start, deltas = dict(block), []
-            if block.get("type") == "tool_use":
-                start["input"] = {}
-                text = dump_text(block.get("input") or {})
-                deltas = [{"type": "input_json_delta", "partial_json": text}]
-            elif block.get("type") in ("text", "thinking"):
-                for key in ("text", "thinking", "signature"):
-                    if isinstance(block.get(key), str):
-                        start[key] = ""
-                        deltas.append({"type": f"{key}_delta", key: block[key]})
-            frames.append({"type": "content_block_start", "index": index, "content_block": start})
-            frames += [
-                {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas
-            ]
-            frames.append({"type": "content_block_stop", "index": index})
-        delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
-        usage = dict(get_dict(response, "usage"))
-        last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
-        if "copilot_usage" in response:
-            last["copilot_usage"] = response["copilot_usage"]
-        return [*frames, last, {"type": "message_stop"}]
+        return [*unfold_message(response), {"type": "message_stop"}]
 
     def read_delta(self, frame: Json) -> Delta | None:
         delta = get_dict(frame, "delta")
@@ -6570,7 +6621,7 @@ class ResponsesRelay:
         frames = [response_frame(self.context, "created")] if needs_start else []
         self.started = True
         if isinstance(frame.get("delta"), str):
-            self.output_estimate += estimate_text(frame["delta"])
+            self.output_estimate += self.context.estimate(frame["delta"])
         if isinstance(frame.get("output_index"), int):
             frames += self.repair_item_frame(kind, frame["output_index"], frame)
         self.finished = kind in RESPONSES_ENDS
@@ -6598,6 +6649,8 @@ class ResponsesRelay:
             self.summary_streamed.add(index)
         elif kind == "response.output_item.done" and isinstance(item, dict):
             self.done_items[index] = item
+            unseen = "" if index in self.guards else get_text(item, "arguments")
+            self.output_estimate += self.context.estimate(get_text(item, "name"), unseen)
             if item.get("type") == "reasoning" and index not in self.summary_streamed:
                 return expand_item(index, item)[1:-1]
         return []
@@ -6605,7 +6658,7 @@ class ResponsesRelay:
     def track(self, kind: str, text: str) -> None:
         if kind == "arguments":
             self.guard.check(text)
-        self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
 
     def rename(self, holder: Json, id_key: str, index: int) -> None:
         """Sets the stable id of the item at `index`, and the client's tool names."""
@@ -7480,7 +7533,7 @@ class Converter:
     def track(self, kind: str, text: str) -> None:
         if kind == "arguments":
             self.guard.check(text)
-        self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
         self.reader.track(kind, text)
         self.writer.track(kind, text)
 
@@ -7504,11 +7557,12 @@ class Converter:
             if event.part == "arguments":
                 self.guard.check(event.text)
             if event.part != "signature":
-                self.output_estimate += estimate_text(event.text)
+                self.output_estimate += self.context.estimate(event.text)
         elif isinstance(event, BlockStart) and event.kind == "tool":
             if not event.name:
                 raise UpstreamError(PROTOCOL_VIOLATION)
             self.guard = RunawayGuard()
+            self.output_estimate += self.context.estimate(event.name)
             self.call_count += 1
             event.name = self.context.names.get(event.name, event.name)
             event.id = event.id or "call_" + short_hash(f"{self.context.id} {self.call_count}", 24)
@@ -18028,6 +18082,7 @@ class Gateway:
             id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
             model=model.id if model.auto else request_info.model,
+            upstream_model="" if model.auto else model.id,
             include_usage=request_info.include_usage or not request_info.stream,
             request_body=body,
             store_reasoning=provider.reasoning.store,
