@@ -4177,6 +4177,7 @@ class BlockAssembler:
     thinking: list[str] = field(default_factory=list)  #: text of the live thinking block
     signature: list[str] = field(default_factory=list)  #: of the live thinking block or the next
     signed_thinking: tuple[str, str] = ("", "")  #: the last signed text, and its signature
+    unsigned: str = ""  #: text of the last thinking block, if it was closed without a signature
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -4272,10 +4273,11 @@ class BlockAssembler:
             self.send_arguments(self.call)
             self.call.closed = True
         elif self.kind == "thinking":
-            if self.signature:
-                signature = "".join(self.signature)
+            text, signature = "".join(self.thinking), "".join(self.signature)
+            if signature:
                 self.events.append(BlockDelta("signature", self.signature_prefix + signature))
-                self.signed_thinking = "".join(self.thinking), signature
+                self.signed_thinking = text, signature
+            self.unsigned = "" if signature else text
             self.thinking, self.signature = [], []
         self.events.append(BlockStop())
         self.kind, self.call = "", None
@@ -5438,11 +5440,23 @@ EMPTY_MESSAGE: Json = {
 }  # fmt: skip
 
 
+#: signature of thinking that came without one; typed clients refuse an empty one
+UNSIGNED = "gw1.u."
+
+
+def asks_for_thinking(body: Json) -> bool:
+    """Whether a client wants to see thinking; its request may be in any dialect."""
+    thinking = get_text(get_dict(body, "thinking"), "type") or get_text(body, "reasoning_effort")
+    thinking = thinking or get_text(get_dict(body, "reasoning"), "effort")
+    named = get_text(body, "model").lower().removesuffix("[1m]").endswith("-thinking")
+    return thinking not in ("disabled", "none") if thinking else named
+
+
 class MessagesWriter(Writer):
     """Events -> Anthropic stream events.
 
-    Encrypted reasoning is sent only to clients that enabled thinking: others take `content[0]` for
-    the text.  For them the gateway stores it, keyed by the calls that follow it.
+    Reasoning is sent only to clients that asked for thinking: others take `content[0]` for the
+    text.  For them the gateway stores it, keyed by the calls that follow it.
     """
 
     def __init__(self, context: ResponseContext) -> None:
@@ -5451,8 +5465,8 @@ class MessagesWriter(Writer):
         self.block_index = -1
         self.block_kind = ""
         self.has_refusal = False
-        thinking = get_str(get_dict(context.request_body, "thinking"), "type")
-        self.shows_encrypted = thinking not in ("", "disabled")
+        self.shows_thinking = asks_for_thinking(context.request_body)
+        self.is_signed = False  # the open block
         self.held_frames: list[Json] = []  # of a late thinking block that has no text yet
 
     def write(self, event: Event) -> list[Json]:
@@ -5478,11 +5492,12 @@ class MessagesWriter(Writer):
 
     def write_event(self, event: Event) -> list[Json]:
         if isinstance(event, BlockStart):
-            self.block_kind = event.kind
-        if self.block_kind == "redacted" and not self.shows_encrypted:
-            self.block_kind = "" if isinstance(event, BlockStop) else "redacted"
+            self.block_kind, self.is_signed = event.kind, False
+        is_hidden = self.block_kind in ("thinking", "redacted") and not self.shows_thinking
+        if is_hidden and isinstance(event, (BlockStart, BlockDelta, BlockStop)):
             return []
         if isinstance(event, BlockDelta):
+            self.is_signed |= event.part == "signature" and event.text != ""
             delta = self.write_delta(event)
             return [self.block_frame("delta", delta=delta)] if delta else []
         if isinstance(event, BlockStart):
@@ -5497,7 +5512,10 @@ class MessagesWriter(Writer):
                 block = {"type": "redacted_thinking", "data": block.get("data", "")}
             return [self.block_frame("start", content_block=block)]
         if isinstance(event, BlockStop):
-            return [self.block_frame("stop")]
+            is_unsigned = self.block_kind == "thinking" and not self.is_signed
+            mark = {"type": "signature_delta", "signature": UNSIGNED}
+            frames = [self.block_frame("delta", delta=mark)] if is_unsigned else []
+            return [*frames, self.block_frame("stop")]
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
             usage = write_messages_usage(Usage(input=self.context.input_estimate))
@@ -7305,6 +7323,8 @@ class KiroReader:
         self.model = ""  # as the response names it: "auto" is resolved to another model
         self.context_used = 0.0  # percentage of the context that is used
         self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
+        self.thinking_source = ""  # of the thinking shown: tags or events
+        self.untold = BlockAssembler("")  # thinking in events that tags told before: not shown
         self.reason = ""
         self.started = False
         self.finished = False
@@ -7327,12 +7347,16 @@ class KiroReader:
         text = get_text(payload, "content")
         if text:
             self.start()
-            for kind, piece in self.tags.feed(text):
-                self.blocks.add_text(kind, piece)
+            self.add_tagged(self.tags.feed(text))
 
-    def flush_tags(self) -> None:
-        for kind, text in self.tags.flush():
-            self.blocks.add_text(kind, text)
+    def add_tagged(self, pieces: list[tuple[str, str]]) -> None:
+        """Text, and thinking between tags; the same thinking may come in events as well."""
+        for kind, piece in pieces:
+            if kind == "thinking" and not self.thinking_source:
+                self.thinking_source = "tags"
+                self.untold.signature, self.blocks.signature = self.blocks.signature, []
+            if kind == "text" or self.thinking_source == "tags":
+                self.blocks.add_text(kind, piece)
 
     def on_reasoning(self, payload: Json) -> None:
         """A thinking delta, or its signature, which may come in pieces and late."""
@@ -7340,13 +7364,19 @@ class KiroReader:
         redacted, text = get_text(payload, "redactedContent"), get_text(payload, "text")
         if redacted:
             self.blocks.add_text("redacted", redacted)
+        blocks = self.untold if self.thinking_source == "tags" else self.blocks
         if text:
+            if blocks.signature and blocks.kind == "thinking":
+                blocks.close()  # what follows a signature is not under it
+            elif blocks.unsigned and not self.hidden:
+                blocks.signature = []  # it came late, for the thinking before
             self.hidden.append(text)
-            if text != KIRO_HIDDEN_THINKING or self.blocks.thinking:
-                self.blocks.add_text("thinking", "".join(self.hidden))
+            if text != KIRO_HIDDEN_THINKING or blocks.thinking:
+                self.thinking_source = self.thinking_source or "events"
+                blocks.add_text("thinking", "".join(self.hidden))
                 self.hidden = []
         if isinstance(payload.get("signature"), str):
-            self.blocks.signature.append(payload["signature"])
+            blocks.signature.append(payload["signature"])
 
     def on_call(self, payload: Json) -> None:
         self.start()
@@ -7361,7 +7391,7 @@ class KiroReader:
         if isinstance(piece, dict):
             piece = dump_text(piece) if piece else ""
         if name:
-            self.flush_tags()
+            self.add_tagged(self.tags.flush())
         arguments = piece if isinstance(piece, str) else ""
         self.blocks.add_call(call_id, call_id, name, arguments, payload.get("stop") is True)
 
@@ -7420,7 +7450,7 @@ class KiroReader:
         """Truncated calls are dropped: the client must not run them."""
         self.finished = True
         self.start()
-        self.flush_tags()
+        self.add_tagged(self.tags.flush())
         blocks, calls = self.blocks, self.blocks.calls.values()
         is_truncated = False
         for call in calls:
@@ -7430,13 +7460,17 @@ class KiroReader:
                 call.complete and call.name and (call.is_blank or is_object_complete)
             )
         blocks.end()
-        if blocks.signature:  # a signature without any thinking text
-            blocks.thinking = self.hidden
-            blocks.open("thinking")
-            blocks.close()
+        thoughts = self.untold if self.thinking_source == "tags" else blocks
+        thoughts.close()
+        if thoughts.signature and thoughts.unsigned and not self.hidden:  # it came late
+            thoughts.signed_thinking = thoughts.unsigned, "".join(thoughts.signature)
+        elif thoughts.signature:  # without any thinking text
+            thoughts.thinking = self.hidden
+            thoughts.open("thinking")
+            thoughts.close()
         call_ids = [call.id for call in calls if call.closed]
-        if call_ids and blocks.signed_thinking[1] and self.context.store_reasoning:
-            self.context.store_reasoning(call_ids, *blocks.signed_thinking)
+        if call_ids and thoughts.signed_thinking[1] and self.context.store_reasoning:
+            self.context.store_reasoning(call_ids, *thoughts.signed_thinking)
         self.report_usage()
         stop_reason = KIRO_FINISHES.get(self.reason, "end")
         if is_truncated:
