@@ -3248,7 +3248,6 @@ class ResponseContext:
     id: str
     created: int  #: Unix seconds
     model: str  #: the model name the client used
-    upstream_model: str = ""  #: what that name stands for, if it is known
     include_usage: bool = False
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
@@ -3261,6 +3260,7 @@ class ResponseContext:
     store_reasoning: Callable[[list[str], str, str], None] | None = None
     tools: dict[str, Tool] = field(default_factory=dict)  #: the offered ones, by the client's names
     provider: str = ""  #: name of the upstream's provider
+    upstream_model: str = ""  #: what `model` stands for, if that is known
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
     tagged_thinking: bool = False  #: the prompt demands that thinking is put between tags

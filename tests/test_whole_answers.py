@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 from fake_kiro import message
 from goldens import (
-    GRAMMARS,
     Json,
     check_ending,
-    has_finished,
     make_flow,
     one_by_one,
     play,
@@ -188,8 +186,10 @@ def test_thinking_comes_first_only_where_it_was_asked_for(
     assert {(*ids, text) for ids, text, _ in kept} == ({("t1", "hm")} if is_kept else set())
 
 
-@pytest.mark.parametrize("client", ["chat", "responses"])
-@pytest.mark.parametrize("upstream", CONVERTED)
+@pytest.mark.parametrize(
+    ("upstream", "client"),
+    [(a, b) for a in CONVERTED for b in ("chat", "responses") if a != "responses" or a != b],
+)
 def test_clients_of_openai_get_reasoning_unasked(upstream: str, client: str) -> None:
     whole = answer(upstream, client, thinking_answer(upstream, "", calls=True))
     assert content_of(client, whole) == [("thinking", "hm"), ("text", "Hello"), ("name", "f")]
@@ -237,3 +237,269 @@ def test_unsigned_thinking_is_marked_and_the_mark_stays_here(upstream: str) -> N
         assert "gw1." not in sent and '"hm"' not in sent and '"t1"' in sent, name
     native = sanitize_body("messages", body, Model("m", "p", ("messages",)), {}, True).body
     assert "gw1." not in json.dumps(native) and '"t1"' in json.dumps(native)
+
+
+Steps = list[tuple[str, str]]
+SAID = [("thinking", "hm"), ("text", "Hello"), ("name", "f")]
+# Kiro's thinking in events (e), signatures (s), text (t) and a call (c) -> what a client gets of
+# it, and what is kept for the next turn.
+TOLD: dict[str, tuple[Steps, Steps, tuple[str, str] | None]] = {
+    "events, then tags": (
+        [("e", "hm"), ("t", "<thinking>hm</thinking>\n\nHello"), ("s", "S")],
+        SAID,
+        ("hm", "S"),
+    ),
+    "events and their signature, then tags": (
+        [("e", "hm"), ("s", "S"), ("t", "<thinking>h"), ("t", "m</thinking>\n\nHello")],
+        SAID,
+        ("hm", "S"),
+    ),
+    "tags, then events": (
+        [("t", "<thinking>hm</thinking>\n\nHello"), ("e", "h"), ("e", "m"), ("s", "S")],
+        SAID,
+        ("hm", "S"),
+    ),
+    "by turns": (
+        [("e", "h"), ("t", "<thinking>h"), ("e", "m"), ("s", "S"), ("t", "m</thinking>\n\nHello")],
+        SAID,
+        ("hm", "S"),
+    ),
+    "tags first, by turns": (
+        [
+            ("t", "<thinking>\nh"),
+            ("e", "h"),
+            ("t", "m</thinking>\n\nHello"),
+            ("e", "m"),
+            ("s", "S"),
+        ],
+        SAID,
+        ("hm", "S"),
+    ),
+    "a signature alone, then tags": (
+        [("s", "S"), ("t", "<thinking>hm</thinking>\n\nHello")],
+        SAID,
+        ("", "S"),
+    ),
+    "tags alone": (
+        [("t", "<thinking>hm</thinking>\n\nHello")],
+        SAID,
+        None,
+    ),
+    "two thoughts": (
+        [("e", "a"), ("s", "A"), ("s", "1"), ("e", "b"), ("s", "B"), ("t", "Hello")],
+        [("thinking", "a"), ("thinking", "b"), ("text", "Hello"), ("name", "f")],
+        ("b", "B"),
+    ),
+    "a late signature": (
+        [("e", "hm"), ("t", "Hello"), ("s", "S")],
+        SAID,
+        ("hm", "S"),
+    ),
+    "a late signature, then another thought": (
+        [("e", "a"), ("t", "Hello"), ("s", "A"), ("e", "b"), ("s", "B")],
+        [("thinking", "a"), ("text", "Hello"), ("thinking", "b"), ("name", "f")],
+        ("b", "B"),
+    ),
+}
+
+
+@each_client
+@pytest.mark.parametrize("case", TOLD)
+def test_kiros_thinking_is_told_once_and_under_its_own_signature(case: str, client: str) -> None:
+    steps, expected, memory = TOLD[case]
+    call = {"toolUseId": "t1", "name": "f", "input": "{}", "stop": True}
+    events: dict[str, Callable[[str], bytes]] = {
+        "e": lambda text: kiro_event("reasoningContentEvent", {"text": text}),
+        "s": lambda text: kiro_event("reasoningContentEvent", {"signature": text}),
+        "t": lambda text: kiro_event("assistantResponseEvent", {"content": text}),
+        "c": lambda _: kiro_event("toolUseEvent", call),
+    }
+    data = b"".join(events[kind](text) for kind, text in [*steps, ("c", "")])
+    kept: list[Any] = []
+    context = {"tagged_thinking": True, "store_reasoning": lambda *k: kept.append(k)}
+    whole = answer("kiro", client, data, **context)
+    found = content_of(client, whole)
+    if client == "chat":  # one field for all of it
+        expected = [
+            (kind, "".join(words for k, words in expected if k == kind))
+            for kind in dict.fromkeys(kind for kind, _ in expected)
+        ]
+    assert found == expected
+    assert kept[:1] == ([(["t1"], *memory)] if memory else [])
+    if client == "messages":
+        signed = {
+            (block["thinking"], block["signature"].removeprefix(kiro_mark("")))
+            for block in whole["content"]
+            if block["type"] == "thinking" and block["signature"] != UNSIGNED
+        }
+        assert signed <= {("hm", "S"), ("a", "A1"), ("b", "B")}
+
+
+# ---- how an answer begins and ends -------------------------------------------------------------
+
+
+@each_client
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+def test_a_repeated_message_start_is_ignored(client: str, place: int) -> None:
+    frames = [start(), *text_block("Hello"), *stop(output_tokens=5)]
+    expected = answer("messages", client, as_bytes("messages", frames))
+    frames.insert(place, start())
+    whole = answer("messages", client, as_bytes("messages", frames))
+    assert whole == expected and content_of(client, whole) == [("text", "Hello")]
+    flow = make_flow("messages", client)
+    sent = play(flow, [as_bytes("messages", frames)])
+    assert sent.count(b'"message_start"') == (client == "messages")
+
+
+@each_client
+def test_a_second_message_in_one_stream_is_an_error(client: str) -> None:
+    frames = [start(), start(id="msg_2"), *text_block("Hello"), *stop()]
+    flow = make_flow("messages", client)
+    sent = play(flow, [as_bytes("messages", frames)])
+    assert check_ending(flow, client, sent) == "error" and isinstance(flow.error, UpstreamError)
+
+
+@each_client
+@pytest.mark.parametrize("more", [[], stop("tool_use", output_tokens=9)])
+def test_a_start_may_hold_the_whole_answer(client: str, more: list[Json]) -> None:
+    """Seen where tools are called from code."""
+    caller = {"type": "code_execution_20250825", "tool_id": "srvtoolu_1"}
+    call = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": "é"}, "caller": caller}
+    content = [{"type": "text", "text": "Hello"}, call]
+    counts = {"input_tokens": 6, "output_tokens": 9}
+    first = start(content=content, stop_reason="tool_use", usage=counts)
+    frames = [first, *(more or [{"type": "message_stop"}])]
+    whole = answer("messages", client, as_bytes("messages", frames))
+    assert content_of(client, whole) == [("text", "Hello"), ("name", "f")]
+    if client == "messages":
+        assert whole["content"] == content and whole["stop_reason"] == "tool_use"
+        assert whole["usage"]["output_tokens"] == 9
+    else:
+        count = "completion_tokens" if client == "chat" else "output_tokens"
+        assert whole["usage"][count] == 9
+        assert "\\u00e9" in json.dumps(whole) or "é" in json.dumps(whole, ensure_ascii=False)
+
+
+@each_client
+def test_a_start_with_content_may_be_continued(client: str) -> None:
+    first = start(content=[{"type": "text", "text": "Hello"}])
+    frames = [first, *text_block(" there", index=1), *stop()]
+    whole = answer("messages", client, as_bytes("messages", frames))
+    assert "".join(words for _, words in content_of(client, whole)) == "Hello there"
+
+
+@each_client
+def test_a_start_with_content_and_no_end_is_cut_off(client: str) -> None:
+    data = as_bytes("messages", [start(content=[{"type": "text", "text": "Hello"}])])
+    flow = make_flow("messages", client)
+    assert check_ending(flow, client, play(flow, [data])) == "error"
+
+
+EMPTY: dict[str, list[bytes]] = {
+    "chat": [
+        as_bytes("chat", frames)
+        for frames in (
+            [chat_chunk({}, "stop")],
+            [chat_chunk({"role": "assistant", "content": ""}, "stop")],
+            [chat_chunk({"content": None}), chat_chunk({}, "stop")],
+            [chat_chunk({"role": "assistant"}), chat_chunk({"content": ""}, "stop")],
+        )
+    ],
+    "messages": [as_bytes("messages", [start(), *stop()])],
+    "responses": [
+        as_bytes("responses", UPSTREAM_DIALECTS["responses"].expand({"id": "r", "output": []}))
+    ],
+    "kiro": [b"", kiro_event("metadataEvent", {"stopReason": "END_TURN"})],
+}
+
+
+@pytest.mark.parametrize(
+    ("upstream", "data"), [(name, data) for name in EMPTY for data in EMPTY[name]]
+)
+def test_an_empty_answer_has_a_role_in_chat(upstream: str, data: bytes) -> None:
+    flow = make_flow(upstream, "chat", stream=False)
+    play(flow, [data])
+    message = flow.response_body()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "", "refusal": None}
+    sent = play(make_flow(upstream, "chat"), [data])
+    deltas = [
+        choice["delta"]
+        for line in sent.split(b"\n")
+        if line[:7] == b"data: {"
+        for choice in json.loads(line[6:])["choices"]
+    ]
+    assert deltas[0]["role"] == "assistant"
+    assert all("role" not in delta for delta in deltas[1:])
+
+
+def test_each_choice_that_was_asked_for_has_a_role() -> None:
+    frames = [chat_chunk({"content": "a"}), chat_chunk({"content": "b"}, index=1)]
+    frames += [chat_chunk({}, "stop", index=index) for index in (0, 1, 2)]
+    data = as_bytes("chat", frames)
+    flow = make_flow("chat", "chat", stream=False, multiple_choices=True)
+    play(flow, [data])
+    found = [c["message"] for c in flow.response_body()["choices"]]
+    assert [message["role"] for message in found] == ["assistant"] * 3
+    assert [message["content"] for message in found] == ["a", "b", ""]
+
+
+# ---- what is counted here ----------------------------------------------------------------------
+
+ARGUMENTS = json.dumps({"path": "/srv/data/report.txt", "text": "Once upon a time. " * 20})
+
+
+def call_answer(upstream: str) -> bytes:
+    """A call and nothing else, of which the upstream counts nothing."""
+    if upstream == "kiro":
+        call = {"toolUseId": "t1", "name": "write_file"}
+        half = len(ARGUMENTS) // 2
+        pieces: list[Json] = [
+            {"input": ARGUMENTS[:half]},
+            {"input": ARGUMENTS[half:]},
+            {"stop": True},
+        ]
+        return b"".join(kiro_event("toolUseEvent", {**call, **piece}) for piece in pieces)
+    if upstream == "chat":
+        function = {"name": "write_file", "arguments": ARGUMENTS}
+        fragment = {"index": 0, "id": "t1", "type": "function", "function": function}
+        return as_bytes(
+            "chat", [chat_chunk({"tool_calls": [fragment]}), chat_chunk({}, "tool_calls")]
+        )
+    if upstream == "messages":
+        block = {"type": "tool_use", "id": "t1", "name": "write_file", "input": {}}
+        delta = {"type": "input_json_delta", "partial_json": ARGUMENTS}
+        frames: list[Json] = [
+            start(usage={}),
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            {"type": "content_block_delta", "index": 0, "delta": delta},
+            {"type": "content_block_stop", "index": 0},
+        ]
+        return as_bytes("messages", [*frames, *stop("tool_use")])
+    item = {"type": "function_call", "id": "fc_1", "call_id": "t1", "name": "write_file"}
+    whole = {"id": "r", "output": [{**item, "arguments": ARGUMENTS, "status": "completed"}]}
+    return as_bytes("responses", UPSTREAM_DIALECTS["responses"].expand(whole))
+
+
+@each_client
+@pytest.mark.parametrize("model", ["gpt-5.6-sol", "claude-sonnet-4.5", "claude-opus-4.8"])
+@pytest.mark.parametrize("upstream", UPSTREAM_DIALECTS)
+def test_calls_that_nobody_counted_are_estimated_at_the_models_prices(
+    upstream: str, model: str, client: str
+) -> None:
+    expected = int(estimate_text("write_file" + ARGUMENTS, byte_prices(model)))
+    for stream, reads in itertools.product((True, False), (lambda d: [d], one_by_one)):
+        flow = make_flow(upstream, client, stream=stream, model=model, request_body=PLAIN)
+        play(flow, reads(call_answer(upstream)))
+        assert flow.usage.output == expected > 50
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("upstream", CLIENTS)
+def test_an_alias_is_counted_as_the_model_that_it_stands_for(upstream: str, client: str) -> None:
+    body = {"model": "fast", "messages": [{"role": "user", "content": "Wie geht es dir? " * 50}]}
+    terms: Json = {"model": "fast", "upstream_model": "gpt-5.6-sol", "request_body": body}
+    flow = make_flow(upstream, client, **terms)
+    play(flow, [call_answer(upstream)])
+    assert flow.usage.output == int(estimate_text("write_file" + ARGUMENTS, OPENAI_PRICES))
+    plain = make_flow(upstream, client, model="gpt-5.6-sol", request_body={**body, "model": "gpt"})
+    assert flow.context.input_estimate == plain.context.input_estimate
