@@ -3205,8 +3205,6 @@ def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float 
 def estimate_request(body: Json, model: str = "") -> int:
     """Approximate input tokens of a chat, messages or responses body, at least 2.
 
-    `model` is the one that the body's name stands for, if that is another.
-
     What vendors add for tools, and what a key of a tool's schema costs, was measured in 2026-11:
     Claude gets JSON and some 500 tokens of instructions, OpenAI's models terser declarations.
     """
@@ -4904,8 +4902,8 @@ class ChatRelay:
             ]
         else:
             delta.pop("tool_calls", None)
-        texts = (get_text(delta, "content"), get_text(delta, "refusal"), get_reasoning(delta))
-        self.output_estimate += self.context.estimate(*texts)
+        texts = get_text(delta, "content") + get_text(delta, "refusal") + get_reasoning(delta)
+        self.output_estimate += self.context.estimate(texts)
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
         if index in self.opened:
@@ -5352,25 +5350,30 @@ def unfold_message(message: Json) -> list[Json]:
     return frames
 
 
-def unfold_start(frame: Json, started_id: str | None) -> list[Json]:
-    """The frames that a `message_start` stands for; `started_id`: of the message that began.
+class MessagesFraming(SseReader):
+    """Drops a repeated `message_start`, and unfolds one that already holds the message.
 
-    It may be repeated, and with tools that are called from code it holds the whole message (seen
-    in 2026-11).  Raises UpstreamError for a second message.
+    The latter is sent where tools are called from code (seen in 2026-11).
     """
-    message = get_dict(frame, "message")
-    if started_id is None:
-        is_whole = message.get("content") or message.get("stop_reason")
-        return unfold_message(message) if is_whole else [frame]
-    if get_text(message, "id") != started_id:
-        raise UpstreamError(PROTOCOL_VIOLATION)
-    return []
+
+    message_id: str | None = None
+
+    def frames(self, blocks: bytes) -> list[Json]:
+        return [part for frame in super().frames(blocks) for part in self.unfold(frame)]
+
+    def unfold(self, frame: Json) -> list[Json]:
+        message = get_dict(frame, "message")
+        if frame.get("type") == "message_start" and self.message_id is None:
+            self.message_id = get_text(message, "id")
+            is_whole = message.get("content") or message.get("stop_reason")
+            return unfold_message(message) if is_whole else [frame]
+        is_repeated = frame.get("type") == "message_start" and message.get("id") == self.message_id
+        return [] if is_repeated else [frame]
 
 
 class MessagesReader(Reader):
     def __init__(self, context: ResponseContext) -> None:
         self.usage = Usage()
-        self.message_id: str | None = None
         self.message_stop: MessageStop | None = None
 
     def read(self, frame: Json) -> list[Event]:
@@ -5387,13 +5390,9 @@ class MessagesReader(Reader):
         if kind == "content_block_stop":
             return [BlockStop()]
         if kind == "message_start":
-            parts = unfold_start(frame, self.message_id)
-            if parts != [frame]:
-                return [event for part in parts for event in self.read(part)]
             message = get_dict(frame, "message")
-            self.message_id = get_text(message, "id")
             read_usage(message, MESSAGES_USAGE, self.usage)
-            return [MessageStart(self.message_id, str(message.get("model") or ""))]
+            return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
         if kind == "message_stop":
             return self.end()
         if kind == "error" or "error" in frame:
@@ -5561,7 +5560,7 @@ class MessagesRelay:
         self.usage = Usage()
         self.output_estimate = 0.0
         self.finished = False
-        self.message_id: str | None = None
+        self.started = False
         self.has_stop_reason = False
         self.has_tool_call = False
         self.block_count = 0
@@ -5575,14 +5574,13 @@ class MessagesRelay:
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
         # AI SDK clients fail on unknown event types, so those are dropped.
-        if kind not in MESSAGES_EVENTS or (kind == "ping" and self.message_id is None):
+        if kind not in MESSAGES_EVENTS or (kind == "ping" and not self.started):
             return []
+        if self.started is (kind == "message_start"):
+            raise UpstreamError(PROTOCOL_VIOLATION)
         if kind == "message_start":
-            parts = unfold_start(frame, self.message_id)
-            if parts != [frame]:
-                return [repaired for part in parts for repaired in self.repair(part)]
+            self.started = True
             message = get_dict(frame, "message")
-            self.message_id = get_text(message, "id")
             read_usage(message, MESSAGES_USAGE, self.usage)
             usage = {**get_dict(message, "usage"), "output_tokens": self.usage.output}
             usage["input_tokens"] = self.usage.input
@@ -5590,8 +5588,6 @@ class MessagesRelay:
                 usage["input_tokens"] = self.context.input_estimate
             message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
             frame["message"] = message
-        elif self.message_id is None:
-            raise UpstreamError(PROTOCOL_VIOLATION)
         elif kind in BLOCK_EVENTS:
             self.repair_block(kind, frame)
         elif kind == "message_delta":
@@ -5614,10 +5610,8 @@ class MessagesRelay:
         """
         is_start, is_stop = kind == "content_block_start", kind == "content_block_stop"
         self.block_count += is_start
-        index, content = (
-            frame.get("index"),
-            get_dict(frame, "content_block" if is_start else "delta"),
-        )
+        index = frame.get("index")
+        content = get_dict(frame, "content_block" if is_start else "delta")
         is_misplaced = index != self.block_count - 1 or isinstance(index, bool)
         if is_start is self.in_block or is_misplaced or not (content or is_stop):
             raise UpstreamError(PROTOCOL_VIOLATION)
@@ -5628,7 +5622,7 @@ class MessagesRelay:
             name = get_text(content, "name")
             arguments = dump_text(content["input"]) if content.get("input") else ""
             self.output_estimate += self.context.estimate(name, arguments)
-            content["name"] = self.context.names.get(name, name)
+            content.update({"name": self.context.names[name]} if name in self.context.names else {})
         else:
             arguments = get_text(content, "partial_json")
             if arguments:
@@ -5685,6 +5679,7 @@ def aggregate_messages(frames: list[Json]) -> Json:
 class MessagesDialect(Dialect):
     name = "messages"
     id_prefix = "msg_"
+    framing = MessagesFraming
     reader = MessagesReader
     writer = MessagesWriter
     relay = MessagesRelay
