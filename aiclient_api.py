@@ -3272,6 +3272,11 @@ class ResponseContext:
     def prices(self) -> bytes:
         return byte_prices(self.upstream_model or self.model)
 
+    def keep_reasoning(self, call_ids: list[str], text: str, signature: str) -> None:
+        """For the turn after these calls."""
+        if call_ids and signature and self.store_reasoning:
+            self.store_reasoning(call_ids, text, signature)
+
     def estimate(self, *texts: str) -> float:
         """Approximate tokens of a part of the response."""
         return estimate_text("".join(texts), self.prices)
@@ -4191,10 +4196,8 @@ class BlockAssembler:
             self.release_text()
         if kind == "redacted":
             self.close()
-            self.events += [
-                BlockStart(kind, raw={"data": self.signature_prefix + text}),
-                BlockStop(),
-            ]
+            data = self.signature_prefix + text
+            self.events += [BlockStart(kind, raw={"data": data}), BlockStop()]
             return
         if self.kind != kind:
             self.open(kind)
@@ -4680,10 +4683,8 @@ class ChatReader:
         for call in calls:
             call.complete = True
         blocks.end()
-        if calls and self.opaque and self.context.store_reasoning:
-            self.context.store_reasoning(
-                [call.id for call in calls], "".join(self.reasoning), self.opaque
-            )
+        call_ids = [call.id for call in calls]
+        self.context.keep_reasoning(call_ids, "".join(self.reasoning), self.opaque)
         if blocks.signature:  # it came after the thinking block, or without one
             blocks.add_text("redacted", "".join(blocks.signature))
             blocks.signature = []
@@ -4848,8 +4849,7 @@ class ChatRelay:
             raise read_stream_error(frame["error"])
         if frame.get("type") == "[DONE]":
             return self.end()
-        has_usage = frame.get("usage") or "copilot_usage" in frame
-        if has_usage and read_usage(frame, CHAT_USAGE, self.usage):
+        if read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
         choices = get_dicts(frame, "choices")
         if not choices:
@@ -4947,8 +4947,7 @@ class ChatRelay:
         if not self.finish_reasons:
             raise UpstreamError(TRUNCATED_RESPONSE)
         self.finished = True
-        if self.opaque and self.context.store_reasoning:
-            self.context.store_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
+        self.context.keep_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
         frames = self.open_choices(self.base, sorted(self.finish_reasons))
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_STOP_REASONS:
@@ -5339,14 +5338,10 @@ def unfold_message(message: Json) -> list[Json]:
         frames += [{"type": "content_block_delta", **position, "delta": d} for d in deltas]
         frames.append({"type": "content_block_stop", **position})
     if message.get("stop_reason"):
-        delta = {key: message.get(key) for key in ("stop_reason", "stop_sequence")}
-        if message.get("stop_details"):
-            delta["stop_details"] = message["stop_details"]
-        usage = dict(get_dict(message, "usage"))
-        last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
-        if "copilot_usage" in message:
-            last["copilot_usage"] = message["copilot_usage"]
-        frames.append(last)
+        keys = ("stop_reason", "stop_sequence", "stop_details")
+        delta = {key: message.get(key) for key in keys if key in message or key != keys[2]}
+        usage = {key: message[key] for key in ("usage", "copilot_usage") if key in message}
+        frames.append({"type": "message_delta", "delta": delta, **usage})
     return frames
 
 
@@ -6363,10 +6358,8 @@ class ResponsesReader:
         items = self.items.values()
         calls = [item.call_id for item in items if item.call_id]
         encrypted_items = [item for item in items if item.signature]
-        if calls and encrypted_items and self.context.store_reasoning:
-            self.context.store_reasoning(
-                calls, encrypted_items[-1].text, encrypted_items[-1].signature
-            )
+        for item in encrypted_items[-1:]:
+            self.context.keep_reasoning(calls, item.text, item.signature)
         reason = "end"
         if kind == "response.incomplete":
             details = get_dict(response, "incomplete_details")
@@ -7464,8 +7457,7 @@ class KiroReader:
             thoughts.open("thinking")
             thoughts.close()
         call_ids = [call.id for call in calls if call.closed]
-        if call_ids and thoughts.signed_thinking[1] and self.context.store_reasoning:
-            self.context.store_reasoning(call_ids, *thoughts.signed_thinking)
+        self.context.keep_reasoning(call_ids, *thoughts.signed_thinking)
         self.report_usage()
         stop_reason = KIRO_FINISHES.get(self.reason, "end")
         if is_truncated:
@@ -7486,20 +7478,13 @@ class KiroReader:
     }  # fmt: skip
 
 
-# Events that carry content of the response itself.
-KIRO_CONTENT_EVENTS = {
-    "assistantResponseEvent",
-    "codeEvent",
-    "reasoningContentEvent",
-    "toolUseEvent",
-}
-
-
 # Event -> (kind of what it extends, key of the text).
 KIRO_DELTAS = {
     "assistantResponseEvent": ("text", "content"), "reasoningContentEvent": ("thinking", "text"),
     "toolUseEvent": ("arguments", "input"),
 }  # fmt: skip
+# Events that carry content of the response itself.
+KIRO_CONTENT_EVENTS = {*KIRO_DELTAS, "codeEvent"}
 
 
 class KiroDialect(UpstreamDialect):
@@ -10437,12 +10422,14 @@ def assistant_messages(body: Json) -> list[Json]:
 
 
 def attach_kiro_thinking(body: Json, memory: ReasoningMemory) -> None:
-    """Puts reasoning back before calls whose client had no field for it."""
+    """Puts reasoning back before calls whose client had no field for it, or not for its text."""
     for message in assistant_messages(body):
         call_ids = [tool_use["toolUseId"] for tool_use in message.get("toolUses", ())]
         entries = [memory.entries[call_id] for call_id in call_ids if call_id in memory.entries]
-        if entries and "reasoningContent" not in message:
-            message["reasoningContent"] = write_kiro_thinking(*entries[-1])
+        thinking = write_kiro_thinking(*entries[-1]) if entries else {}
+        known = get_dict(message.get("reasoningContent", thinking), "reasoningText")
+        if entries and known.get("signature") == entries[-1][1]:
+            message["reasoningContent"] = thinking
 
 
 def strip_kiro_thinking(body: Json) -> bool:
