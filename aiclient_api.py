@@ -3277,9 +3277,9 @@ class ResponseContext:
         if call_ids and signature and self.store_reasoning:
             self.store_reasoning(call_ids, text, signature)
 
-    def estimate(self, *texts: str) -> float:
+    def estimate(self, text: str) -> float:
         """Approximate tokens of a part of the response."""
-        return estimate_text("".join(texts), self.prices)
+        return estimate_text(text, self.prices) if text else 0.0
 
 
 Delta = tuple[str, str]  # (text, thinking, arguments, input or refusal; what is appended to it)
@@ -4849,7 +4849,8 @@ class ChatRelay:
             raise read_stream_error(frame["error"])
         if frame.get("type") == "[DONE]":
             return self.end()
-        if read_usage(frame, CHAT_USAGE, self.usage):
+        has_usage = frame.get("usage") or "copilot_usage" in frame
+        if has_usage and read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
         choices = get_dicts(frame, "choices")
         if not choices:
@@ -4867,15 +4868,14 @@ class ChatRelay:
         frame.update(self.base, choices=choices)
         frame.pop("usage", None)
         drop_vendor_fields(frame)
-        self.opened |= {choice["index"] for choice in choices if "role" in choice["delta"]}
-        return [*self.open_choices(frame, [choice["index"] for choice in choices]), frame]
+        unopened = {choice["index"] for choice in choices} - self.opened
+        return [*self.open_choices(frame, unopened), frame] if unopened else [frame]
 
-    def open_choices(self, base: Json, indexes: Iterable[int]) -> list[Json]:
-        """A chunk with the role of the choices that have none yet: strict clients need it."""
-        unopened = [index for index in indexes if index not in self.opened]
-        self.opened.update(unopened)
+    def open_choices(self, base: Json, indexes: set[int]) -> list[Json]:
+        """A chunk with the role of choices that have none: strict clients need it."""
+        self.opened |= indexes
         role = {"role": "assistant", "content": ""}
-        choices = [chunk_choice(role, index=index) for index in unopened]
+        choices = [chunk_choice(role, index=index) for index in sorted(indexes)]
         return [{**base, "choices": choices}] if choices else []
 
     def repair_choice(self, choice: Json) -> Json | None:
@@ -4891,7 +4891,8 @@ class ChatRelay:
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
-        self.reasoning.append(get_reasoning(delta))
+        reasoning = get_reasoning(delta)
+        self.reasoning.append(reasoning)
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
         if isinstance(delta.get("tool_calls"), list):
@@ -4902,12 +4903,14 @@ class ChatRelay:
             ]
         else:
             delta.pop("tool_calls", None)
-        texts = get_text(delta, "content") + get_text(delta, "refusal") + get_reasoning(delta)
-        self.output_estimate += self.context.estimate(texts)
+        text = get_text(delta, "content") + get_text(delta, "refusal") + reasoning
+        self.output_estimate += self.context.estimate(text)
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
         if index in self.opened:
             delta.pop("role", None)
+        elif "role" in delta:
+            self.opened.add(index)
         return {**choice, "index": index, "delta": delta, "finish_reason": None}
 
     def repair_call(self, call: Json, key: tuple[int, int]) -> Json:
@@ -4948,7 +4951,7 @@ class ChatRelay:
             raise UpstreamError(TRUNCATED_RESPONSE)
         self.finished = True
         self.context.keep_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
-        frames = self.open_choices(self.base, sorted(self.finish_reasons))
+        frames = self.open_choices(self.base, self.finish_reasons.keys() - self.opened)
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_STOP_REASONS:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
@@ -5616,7 +5619,7 @@ class MessagesRelay:
             self.guard = RunawayGuard()
             name = get_text(content, "name")
             arguments = dump_text(content["input"]) if content.get("input") else ""
-            self.output_estimate += self.context.estimate(name, arguments)
+            self.output_estimate += self.context.estimate(name + arguments)
             content.update({"name": self.context.names[name]} if name in self.context.names else {})
         else:
             arguments = get_text(content, "partial_json")
@@ -6357,9 +6360,8 @@ class ResponsesReader:
             events.append(UsageUpdate(self.usage))
         items = self.items.values()
         calls = [item.call_id for item in items if item.call_id]
-        encrypted_items = [item for item in items if item.signature]
-        for item in encrypted_items[-1:]:
-            self.context.keep_reasoning(calls, item.text, item.signature)
+        signed = next((item for item in reversed(items) if item.signature), OutputItem())
+        self.context.keep_reasoning(calls, signed.text, signed.signature)
         reason = "end"
         if kind == "response.incomplete":
             details = get_dict(response, "incomplete_details")
@@ -6656,7 +6658,7 @@ class ResponsesRelay:
         elif kind == "response.output_item.done" and isinstance(item, dict):
             self.done_items[index] = item
             unseen = "" if index in self.guards else get_text(item, "arguments")
-            self.output_estimate += self.context.estimate(get_text(item, "name"), unseen)
+            self.output_estimate += self.context.estimate(get_text(item, "name") + unseen)
             if item.get("type") == "reasoning" and index not in self.summary_streamed:
                 return expand_item(index, item)[1:-1]
         return []
@@ -7788,12 +7790,8 @@ class StreamTranslator:
         upstream, client, context = self.upstream, self.client, self.context
         self.framing = upstream.framing()
         self.may_copy = self.stream and not context.stop_strings
-        if (
-            upstream is not client
-            or context.stop_strings
-            or context.legacy_functions
-            or context.rewritten
-        ):
+        is_changed = context.stop_strings or context.legacy_functions or context.rewritten
+        if upstream is not client or is_changed:
             cutter = StopCutter(context.stop_strings) if context.stop_strings else None
             reader, writer = upstream.reader(context), client.writer(context)
             self.relay = Converter(reader, writer, context, cutter)
