@@ -3250,13 +3250,13 @@ def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float 
     return total + estimate_text("".join(texts), prices)
 
 
-def estimate_request(body: Json) -> int:
+def estimate_request(body: Json, model: str = "") -> int:
     """Approximate input tokens of a chat, messages or responses body, at least 2.
 
     What vendors add for tools, and what a key of a tool's schema costs, was measured in 2026-11:
     Claude gets JSON and some 500 tokens of instructions, OpenAI's models terser declarations.
     """
-    prices = byte_prices(str(body.get("model") or ""))
+    prices = byte_prices(model or str(body.get("model") or ""))
     is_claude_like = prices is not OPENAI_PRICES
     turns = body.get("messages") or body.get("input")
     total = 3.0 + (4 * len(turns) if isinstance(turns, list) else 4)
@@ -3306,6 +3306,7 @@ class ResponseContext:
     store_reasoning: Callable[[list[str], str, str], None] | None = None
     tools: dict[str, Tool] = field(default_factory=dict)  #: the offered ones, by the client's names
     provider: str = ""  #: name of the upstream's provider
+    upstream_model: str = ""  #: what `model` stands for, if that is known
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
     tagged_thinking: bool = False  #: the prompt demands that thinking is put between tags
@@ -3313,7 +3314,20 @@ class ResponseContext:
 
     @functools.cached_property
     def input_estimate(self) -> int:
-        return estimate_request(self.request_body)
+        return estimate_request(self.request_body, self.upstream_model)
+
+    @functools.cached_property
+    def prices(self) -> bytes:
+        return byte_prices(self.upstream_model or self.model)
+
+    def keep_reasoning(self, call_ids: list[str], text: str, signature: str) -> None:
+        """For the turn after these calls."""
+        if call_ids and signature and self.store_reasoning:
+            self.store_reasoning(call_ids, text, signature)
+
+    def estimate(self, text: str) -> float:
+        """Approximate tokens of a part of the response."""
+        return estimate_text(text, self.prices) if text else 0.0
 
 
 Delta = tuple[str, str]  # (text, thinking, arguments, input or refusal; what is appended to it)
@@ -4214,6 +4228,7 @@ class BlockAssembler:
     thinking: list[str] = field(default_factory=list)  #: text of the live thinking block
     signature: list[str] = field(default_factory=list)  #: of the live thinking block or the next
     signed_thinking: tuple[str, str] = ("", "")  #: the last signed text, and its signature
+    unsigned: str = ""  #: text of the last thinking block, if it was closed without a signature
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -4229,10 +4244,8 @@ class BlockAssembler:
             self.release_text()
         if kind == "redacted":
             self.close()
-            self.events += [
-                BlockStart(kind, raw={"data": self.signature_prefix + text}),
-                BlockStop(),
-            ]
+            data = self.signature_prefix + text
+            self.events += [BlockStart(kind, raw={"data": data}), BlockStop()]
             return
         if self.kind != kind:
             self.open(kind)
@@ -4309,10 +4322,11 @@ class BlockAssembler:
             self.send_arguments(self.call)
             self.call.closed = True
         elif self.kind == "thinking":
-            if self.signature:
-                signature = "".join(self.signature)
+            text, signature = "".join(self.thinking), "".join(self.signature)
+            if signature:
                 self.events.append(BlockDelta("signature", self.signature_prefix + signature))
-                self.signed_thinking = "".join(self.thinking), signature
+                self.signed_thinking = text, signature
+            self.unsigned = "" if signature else text
             self.thinking, self.signature = [], []
         self.events.append(BlockStop())
         self.kind, self.call = "", None
@@ -4712,10 +4726,8 @@ class ChatReader:
         for call in calls:
             call.complete = True
         blocks.end()
-        if calls and self.opaque and self.context.store_reasoning:
-            self.context.store_reasoning(
-                [call.id for call in calls], "".join(self.reasoning), self.opaque
-            )
+        call_ids = [call.id for call in calls]
+        self.context.keep_reasoning(call_ids, "".join(self.reasoning), self.opaque)
         if blocks.signature:  # it came after the thinking block, or without one
             blocks.add_text("redacted", "".join(blocks.signature))
             blocks.signature = []
@@ -4863,7 +4875,7 @@ class ChatRelay:
     output_estimate: float = 0.0
     finished: bool = False
     base: Json = field(default_factory=dict)  #: the fields that all chunks share
-    started: bool = False
+    opened: set[int] = field(default_factory=set)  #: choices whose role was sent
     finish_reasons: dict[int, str] = field(default_factory=dict)  #: per choice
     call_indexes: dict[tuple[int, int], int] = field(default_factory=dict)
     call_ids: list[str] = field(default_factory=list)
@@ -4899,11 +4911,15 @@ class ChatRelay:
         frame.update(self.base, choices=choices)
         frame.pop("usage", None)
         drop_vendor_fields(frame)
-        is_first, self.started = not self.started, True
-        if not is_first or any("role" in choice["delta"] for choice in choices):
-            return [frame]
-        opening = chunk_choice({"role": "assistant", "content": ""})
-        return [{**frame, "choices": [opening]}, frame]
+        unopened = {choice["index"] for choice in choices} - self.opened
+        return [*self.open_choices(frame, unopened), frame] if unopened else [frame]
+
+    def open_choices(self, base: Json, indexes: set[int]) -> list[Json]:
+        """A chunk with the role of choices that have none: strict clients need it."""
+        self.opened |= indexes
+        role = {"role": "assistant", "content": ""}
+        choices = [chunk_choice(role, index=index) for index in sorted(indexes)]
+        return [{**base, "choices": choices}] if choices else []
 
     def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
@@ -4918,7 +4934,8 @@ class ChatRelay:
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
-        self.reasoning.append(get_reasoning(delta))
+        reasoning = get_reasoning(delta)
+        self.reasoning.append(reasoning)
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
         if isinstance(delta.get("tool_calls"), list):
@@ -4929,12 +4946,14 @@ class ChatRelay:
             ]
         else:
             delta.pop("tool_calls", None)
-        if isinstance(delta.get("content"), str):
-            self.output_estimate += estimate_text(delta["content"])
+        text = get_text(delta, "content") + get_text(delta, "refusal") + reasoning
+        self.output_estimate += self.context.estimate(text)
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
-        if self.started:
+        if index in self.opened:
             delta.pop("role", None)
+        elif "role" in delta:
+            self.opened.add(index)
         return {**choice, "index": index, "delta": delta, "finish_reason": None}
 
     def repair_call(self, call: Json, key: tuple[int, int]) -> Json:
@@ -4949,11 +4968,13 @@ class ChatRelay:
             self.guards.append(RunawayGuard())
         self.guard = self.guards[index]
         self.guard.check(str(arguments))
+        self.output_estimate += self.context.estimate(str(arguments))
         if not is_first:
             return {"index": index, "function": {"arguments": arguments}}
         name = str(function.get("name") or "")
         call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
         self.call_ids.append(str(call_id))
+        self.output_estimate += self.context.estimate(name)
         function = {"name": self.context.names.get(name, name), "arguments": arguments}
         first_fields = {"index": index, "id": call_id, "type": "function", "function": function}
         extra = {key: value for key, value in call.items() if key not in first_fields}
@@ -4964,8 +4985,7 @@ class ChatRelay:
             self.guard.check(text)
         elif kind == "thinking":
             self.reasoning.append(text)
-        elif kind == "text":
-            self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -4973,9 +4993,8 @@ class ChatRelay:
         if not self.finish_reasons:
             raise UpstreamError(TRUNCATED_RESPONSE)
         self.finished = True
-        if self.opaque and self.context.store_reasoning:
-            self.context.store_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
-        frames = []
+        self.context.keep_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
+        frames = self.open_choices(self.base, self.finish_reasons.keys() - self.opened)
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_STOP_REASONS:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
@@ -5347,6 +5366,57 @@ FROM_DELTA = {
 }
 
 
+def unfold_message(message: Json) -> list[Json]:
+    """The frames of a whole message but the last; those of its stop only if it has one.
+
+    Text and tool input come as deltas: clients do not read them from the first frame.
+    """
+    empty = {**message, "content": [], "stop_reason": None, "stop_sequence": None}
+    frames: list[Json] = [{"type": "message_start", "message": empty}]
+    for index, block in enumerate(get_dicts(message, "content")):
+        start, deltas = dict(block), []
+        if block.get("type") == "tool_use":
+            start["input"] = {}
+            text = dump_text(block.get("input") or {})
+            deltas = [{"type": "input_json_delta", "partial_json": text}]
+        elif block.get("type") in ("text", "thinking"):
+            for key in ("text", "thinking", "signature"):
+                if isinstance(block.get(key), str):
+                    start[key] = ""
+                    deltas.append({"type": f"{key}_delta", key: block[key]})
+        position = {"index": index}
+        frames.append({"type": "content_block_start", **position, "content_block": start})
+        frames += [{"type": "content_block_delta", **position, "delta": d} for d in deltas]
+        frames.append({"type": "content_block_stop", **position})
+    if message.get("stop_reason"):
+        keys = ("stop_reason", "stop_sequence", "stop_details")
+        delta = {key: message.get(key) for key in keys if key in message or key != keys[2]}
+        usage = {key: message[key] for key in ("usage", "copilot_usage") if key in message}
+        frames.append({"type": "message_delta", "delta": delta, **usage})
+    return frames
+
+
+class MessagesFraming(SseReader):
+    """Drops a repeated `message_start`, and unfolds one that already holds the message.
+
+    The latter is sent where tools are called from code (seen in 2026-11).
+    """
+
+    message_id: str | None = None
+
+    def frames(self, blocks: bytes) -> list[Json]:
+        return [part for frame in super().frames(blocks) for part in self.unfold(frame)]
+
+    def unfold(self, frame: Json) -> list[Json]:
+        message = get_dict(frame, "message")
+        if frame.get("type") == "message_start" and self.message_id is None:
+            self.message_id = get_text(message, "id")
+            is_whole = message.get("content") or message.get("stop_reason")
+            return unfold_message(message) if is_whole else [frame]
+        is_repeated = frame.get("type") == "message_start" and message.get("id") == self.message_id
+        return [] if is_repeated else [frame]
+
+
 class MessagesReader(Reader):
     def __init__(self, context: ResponseContext) -> None:
         self.usage = Usage()
@@ -5415,11 +5485,23 @@ EMPTY_MESSAGE: Json = {
 }  # fmt: skip
 
 
+#: signature of thinking that came without one; typed clients refuse an empty one
+UNSIGNED = "gw1.u."
+
+
+def asks_for_thinking(body: Json) -> bool:
+    """Whether a client wants to see thinking; its request may be in any dialect."""
+    thinking = get_text(get_dict(body, "thinking"), "type") or get_text(body, "reasoning_effort")
+    thinking = thinking or get_text(get_dict(body, "reasoning"), "effort")
+    named = get_text(body, "model").lower().removesuffix("[1m]").endswith("-thinking")
+    return thinking not in ("disabled", "none") if thinking else named
+
+
 class MessagesWriter(Writer):
     """Events -> Anthropic stream events.
 
-    Encrypted reasoning is sent only to clients that enabled thinking: others take `content[0]` for
-    the text.  For them the gateway stores it, keyed by the calls that follow it.
+    Reasoning is sent only to clients that asked for thinking: others take `content[0]` for the
+    text.  For them the gateway stores it, keyed by the calls that follow it.
     """
 
     def __init__(self, context: ResponseContext) -> None:
@@ -5428,8 +5510,8 @@ class MessagesWriter(Writer):
         self.block_index = -1
         self.block_kind = ""
         self.has_refusal = False
-        thinking = get_str(get_dict(context.request_body, "thinking"), "type")
-        self.shows_encrypted = thinking not in ("", "disabled")
+        self.shows_thinking = asks_for_thinking(context.request_body)
+        self.is_signed = False  # the open block
         self.held_frames: list[Json] = []  # of a late thinking block that has no text yet
 
     def write(self, event: Event) -> list[Json]:
@@ -5455,11 +5537,12 @@ class MessagesWriter(Writer):
 
     def write_event(self, event: Event) -> list[Json]:
         if isinstance(event, BlockStart):
-            self.block_kind = event.kind
-        if self.block_kind == "redacted" and not self.shows_encrypted:
-            self.block_kind = "" if isinstance(event, BlockStop) else "redacted"
+            self.block_kind, self.is_signed = event.kind, False
+        is_hidden = self.block_kind in ("thinking", "redacted") and not self.shows_thinking
+        if is_hidden and isinstance(event, (BlockStart, BlockDelta, BlockStop)):
             return []
         if isinstance(event, BlockDelta):
+            self.is_signed |= event.part == "signature" and event.text != ""
             delta = self.write_delta(event)
             return [self.block_frame("delta", delta=delta)] if delta else []
         if isinstance(event, BlockStart):
@@ -5474,7 +5557,10 @@ class MessagesWriter(Writer):
                 block = {"type": "redacted_thinking", "data": block.get("data", "")}
             return [self.block_frame("start", content_block=block)]
         if isinstance(event, BlockStop):
-            return [self.block_frame("stop")]
+            is_unsigned = self.block_kind == "thinking" and not self.is_signed
+            mark = {"type": "signature_delta", "signature": UNSIGNED}
+            frames = [self.block_frame("delta", delta=mark)] if is_unsigned else []
+            return [*frames, self.block_frame("stop")]
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
             usage = write_messages_usage(Usage(input=self.context.input_estimate))
@@ -5536,6 +5622,8 @@ class MessagesRelay:
         # AI SDK clients fail on unknown event types, so those are dropped.
         if kind not in MESSAGES_EVENTS or (kind == "ping" and not self.started):
             return []
+        if self.started is (kind == "message_start"):
+            raise UpstreamError(PROTOCOL_VIOLATION)
         if kind == "message_start":
             self.started = True
             message = get_dict(frame, "message")
@@ -5546,8 +5634,6 @@ class MessagesRelay:
                 usage["input_tokens"] = self.context.input_estimate
             message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
             frame["message"] = message
-        elif not self.started:
-            raise UpstreamError(PROTOCOL_VIOLATION)
         elif kind in BLOCK_EVENTS:
             self.repair_block(kind, frame)
         elif kind == "message_delta":
@@ -5570,10 +5656,8 @@ class MessagesRelay:
         """
         is_start, is_stop = kind == "content_block_start", kind == "content_block_stop"
         self.block_count += is_start
-        index, content = (
-            frame.get("index"),
-            get_dict(frame, "content_block" if is_start else "delta"),
-        )
+        index = frame.get("index")
+        content = get_dict(frame, "content_block" if is_start else "delta")
         is_misplaced = index != self.block_count - 1 or isinstance(index, bool)
         if is_start is self.in_block or is_misplaced or not (content or is_stop):
             raise UpstreamError(PROTOCOL_VIOLATION)
@@ -5581,20 +5665,21 @@ class MessagesRelay:
         if is_start and content.get("type") == "tool_use":
             self.has_tool_call = True
             self.guard = RunawayGuard()
-            name = content.get("name")
-            if isinstance(name, str):
-                content["name"] = self.context.names.get(name, name)
-        elif not is_start:
-            arguments = str(content.get("partial_json") or "")
+            name = get_text(content, "name")
+            arguments = dump_text(content["input"]) if content.get("input") else ""
+            self.output_estimate += self.context.estimate(name + arguments)
+            content.update({"name": self.context.names[name]} if name in self.context.names else {})
+        else:
+            arguments = get_text(content, "partial_json")
             if arguments:
                 self.guard.check(arguments)
-            text = content.get("text") or content.get("thinking") or arguments
-            self.output_estimate += estimate_text(str(text))
+            text = get_text(content, "text") or get_text(content, "thinking") or arguments
+            self.output_estimate += self.context.estimate(text)
 
     def track(self, kind: str, text: str) -> None:
         if kind == "arguments":
             self.guard.check(text)
-        self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -5640,6 +5725,7 @@ def aggregate_messages(frames: list[Json]) -> Json:
 class MessagesDialect(Dialect):
     name = "messages"
     id_prefix = "msg_"
+    framing = MessagesFraming
     reader = MessagesReader
     writer = MessagesWriter
     relay = MessagesRelay
@@ -5661,31 +5747,7 @@ class MessagesDialect(Dialect):
         )
 
     def expand(self, response: Json) -> list[Json]:
-        """Text and tool input come as deltas: clients do not read them from the first frame."""
-        message = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
-        frames: list[Json] = [{"type": "message_start", "message": message}]
-        for index, block in enumerate(get_dicts(response, "content")):
-            start, deltas = dict(block), []
-            if block.get("type") == "tool_use":
-                start["input"] = {}
-                text = dump_text(block.get("input") or {})
-                deltas = [{"type": "input_json_delta", "partial_json": text}]
-            elif block.get("type") in ("text", "thinking"):
-                for key in ("text", "thinking", "signature"):
-                    if isinstance(block.get(key), str):
-                        start[key] = ""
-                        deltas.append({"type": f"{key}_delta", key: block[key]})
-            frames.append({"type": "content_block_start", "index": index, "content_block": start})
-            frames += [
-                {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas
-            ]
-            frames.append({"type": "content_block_stop", "index": index})
-        delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
-        usage = dict(get_dict(response, "usage"))
-        last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
-        if "copilot_usage" in response:
-            last["copilot_usage"] = response["copilot_usage"]
-        return [*frames, last, {"type": "message_stop"}]
+        return [*unfold_message(response), {"type": "message_stop"}]
 
     def read_delta(self, frame: Json) -> Delta | None:
         delta = get_dict(frame, "delta")
@@ -6337,11 +6399,8 @@ class ResponsesReader:
             events.append(UsageUpdate(self.usage))
         items = self.items.values()
         calls = [item.call_id for item in items if item.call_id]
-        encrypted_items = [item for item in items if item.signature]
-        if calls and encrypted_items and self.context.store_reasoning:
-            self.context.store_reasoning(
-                calls, encrypted_items[-1].text, encrypted_items[-1].signature
-            )
+        signed = next((item for item in reversed(items) if item.signature), OutputItem())
+        self.context.keep_reasoning(calls, signed.text, signed.signature)
         reason = "end"
         if kind == "response.incomplete":
             details = get_dict(response, "incomplete_details")
@@ -6609,7 +6668,7 @@ class ResponsesRelay:
         frames = [response_frame(self.context, "created")] if needs_start else []
         self.started = True
         if isinstance(frame.get("delta"), str):
-            self.output_estimate += estimate_text(frame["delta"])
+            self.output_estimate += self.context.estimate(frame["delta"])
         if isinstance(frame.get("output_index"), int):
             frames += self.repair_item_frame(kind, frame["output_index"], frame)
         self.finished = kind in RESPONSES_ENDS
@@ -6637,6 +6696,8 @@ class ResponsesRelay:
             self.summary_streamed.add(index)
         elif kind == "response.output_item.done" and isinstance(item, dict):
             self.done_items[index] = item
+            unseen = "" if index in self.guards else get_text(item, "arguments")
+            self.output_estimate += self.context.estimate(get_text(item, "name") + unseen)
             if item.get("type") == "reasoning" and index not in self.summary_streamed:
                 return expand_item(index, item)[1:-1]
         return []
@@ -6644,7 +6705,7 @@ class ResponsesRelay:
     def track(self, kind: str, text: str) -> None:
         if kind == "arguments":
             self.guard.check(text)
-        self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
 
     def rename(self, holder: Json, id_key: str, index: int) -> None:
         """Sets the stable id of the item at `index`, and the client's tool names."""
@@ -7290,6 +7351,8 @@ class KiroReader:
         self.model = ""  # as the response names it: "auto" is resolved to another model
         self.context_used = 0.0  # percentage of the context that is used
         self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
+        self.thinking_source = ""  # of the thinking shown: tags or events
+        self.untold = BlockAssembler("")  # thinking in events that tags told before: not shown
         self.reason = ""
         self.started = False
         self.finished = False
@@ -7312,12 +7375,16 @@ class KiroReader:
         text = get_text(payload, "content")
         if text:
             self.start()
-            for kind, piece in self.tags.feed(text):
-                self.blocks.add_text(kind, piece)
+            self.add_tagged(self.tags.feed(text))
 
-    def flush_tags(self) -> None:
-        for kind, text in self.tags.flush():
-            self.blocks.add_text(kind, text)
+    def add_tagged(self, pieces: list[tuple[str, str]]) -> None:
+        """Text, and thinking between tags; the same thinking may come in events as well."""
+        for kind, piece in pieces:
+            if kind == "thinking" and not self.thinking_source:
+                self.thinking_source = "tags"
+                self.untold.signature, self.blocks.signature = self.blocks.signature, []
+            if kind == "text" or self.thinking_source == "tags":
+                self.blocks.add_text(kind, piece)
 
     def on_reasoning(self, payload: Json) -> None:
         """A thinking delta, or its signature, which may come in pieces and late."""
@@ -7325,13 +7392,19 @@ class KiroReader:
         redacted, text = get_text(payload, "redactedContent"), get_text(payload, "text")
         if redacted:
             self.blocks.add_text("redacted", redacted)
+        blocks = self.untold if self.thinking_source == "tags" else self.blocks
         if text:
+            if blocks.signature and blocks.kind == "thinking":
+                blocks.close()  # what follows a signature is not under it
+            elif blocks.unsigned and not self.hidden:
+                blocks.signature = []  # it came late, for the thinking before
             self.hidden.append(text)
-            if text != KIRO_HIDDEN_THINKING or self.blocks.thinking:
-                self.blocks.add_text("thinking", "".join(self.hidden))
+            if text != KIRO_HIDDEN_THINKING or blocks.thinking:
+                self.thinking_source = self.thinking_source or "events"
+                blocks.add_text("thinking", "".join(self.hidden))
                 self.hidden = []
         if isinstance(payload.get("signature"), str):
-            self.blocks.signature.append(payload["signature"])
+            blocks.signature.append(payload["signature"])
 
     def on_call(self, payload: Json) -> None:
         self.start()
@@ -7346,7 +7419,7 @@ class KiroReader:
         if isinstance(piece, dict):
             piece = dump_text(piece) if piece else ""
         if name:
-            self.flush_tags()
+            self.add_tagged(self.tags.flush())
         arguments = piece if isinstance(piece, str) else ""
         self.blocks.add_call(call_id, call_id, name, arguments, payload.get("stop") is True)
 
@@ -7405,7 +7478,7 @@ class KiroReader:
         """Truncated calls are dropped: the client must not run them."""
         self.finished = True
         self.start()
-        self.flush_tags()
+        self.add_tagged(self.tags.flush())
         blocks, calls = self.blocks, self.blocks.calls.values()
         is_truncated = False
         for call in calls:
@@ -7415,13 +7488,16 @@ class KiroReader:
                 call.complete and call.name and (call.is_blank or is_object_complete)
             )
         blocks.end()
-        if blocks.signature:  # a signature without any thinking text
-            blocks.thinking = self.hidden
-            blocks.open("thinking")
-            blocks.close()
+        thoughts = self.untold if self.thinking_source == "tags" else blocks
+        thoughts.close()
+        if thoughts.signature and thoughts.unsigned and not self.hidden:  # it came late
+            thoughts.signed_thinking = thoughts.unsigned, "".join(thoughts.signature)
+        elif thoughts.signature:  # without any thinking text
+            thoughts.thinking = self.hidden
+            thoughts.open("thinking")
+            thoughts.close()
         call_ids = [call.id for call in calls if call.closed]
-        if call_ids and blocks.signed_thinking[1] and self.context.store_reasoning:
-            self.context.store_reasoning(call_ids, *blocks.signed_thinking)
+        self.context.keep_reasoning(call_ids, *thoughts.signed_thinking)
         self.report_usage()
         stop_reason = KIRO_FINISHES.get(self.reason, "end")
         if is_truncated:
@@ -7442,20 +7518,13 @@ class KiroReader:
     }  # fmt: skip
 
 
-# Events that carry content of the response itself.
-KIRO_CONTENT_EVENTS = {
-    "assistantResponseEvent",
-    "codeEvent",
-    "reasoningContentEvent",
-    "toolUseEvent",
-}
-
-
 # Event -> (kind of what it extends, key of the text).
 KIRO_DELTAS = {
     "assistantResponseEvent": ("text", "content"), "reasoningContentEvent": ("thinking", "text"),
     "toolUseEvent": ("arguments", "input"),
 }  # fmt: skip
+# Events that carry content of the response itself.
+KIRO_CONTENT_EVENTS = {*KIRO_DELTAS, "codeEvent"}
 
 
 class KiroDialect(UpstreamDialect):
@@ -7518,7 +7587,7 @@ class Converter:
     def track(self, kind: str, text: str) -> None:
         if kind == "arguments":
             self.guard.check(text)
-        self.output_estimate += estimate_text(text)
+        self.output_estimate += self.context.estimate(text)
         self.reader.track(kind, text)
         self.writer.track(kind, text)
 
@@ -7542,11 +7611,12 @@ class Converter:
             if event.part == "arguments":
                 self.guard.check(event.text)
             if event.part != "signature":
-                self.output_estimate += estimate_text(event.text)
+                self.output_estimate += self.context.estimate(event.text)
         elif isinstance(event, BlockStart) and event.kind == "tool":
             if not event.name:
                 raise UpstreamError(PROTOCOL_VIOLATION)
             self.guard = RunawayGuard()
+            self.output_estimate += self.context.estimate(event.name)
             self.call_count += 1
             event.name = self.context.names.get(event.name, event.name)
             event.id = event.id or "call_" + short_hash(f"{self.context.id} {self.call_count}", 24)
@@ -7758,12 +7828,8 @@ class StreamTranslator:
         upstream, client, context = self.upstream, self.client, self.context
         self.framing = upstream.framing()
         self.may_copy = self.stream and not context.stop_strings
-        if (
-            upstream is not client
-            or context.stop_strings
-            or context.legacy_functions
-            or context.rewritten
-        ):
+        is_changed = context.stop_strings or context.legacy_functions or context.rewritten
+        if upstream is not client or is_changed:
             cutter = StopCutter(context.stop_strings) if context.stop_strings else None
             reader, writer = upstream.reader(context), client.writer(context)
             self.relay = Converter(reader, writer, context, cutter)
@@ -10408,12 +10474,14 @@ def assistant_messages(body: Json) -> list[Json]:
 
 
 def attach_kiro_thinking(body: Json, memory: ReasoningMemory) -> None:
-    """Puts reasoning back before calls whose client had no field for it."""
+    """Puts reasoning back before calls whose client had no field for it, or not for its text."""
     for message in assistant_messages(body):
         call_ids = [tool_use["toolUseId"] for tool_use in message.get("toolUses", ())]
         entries = [memory.entries[call_id] for call_id in call_ids if call_id in memory.entries]
-        if entries and "reasoningContent" not in message:
-            message["reasoningContent"] = write_kiro_thinking(*entries[-1])
+        thinking = write_kiro_thinking(*entries[-1]) if entries else {}
+        known = get_dict(message.get("reasoningContent", thinking), "reasoningText")
+        if entries and known.get("signature") == entries[-1][1]:
+            message["reasoningContent"] = thinking
 
 
 def strip_kiro_thinking(body: Json) -> bool:
@@ -18094,6 +18162,7 @@ class Gateway:
             id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
             model=model.id if model.auto else request_info.model,
+            upstream_model="" if model.auto else model.id,
             include_usage=request_info.include_usage or not request_info.stream,
             request_body=body,
             store_reasoning=provider.reasoning.store,

@@ -500,7 +500,7 @@ def test_sealed_reasoning_that_is_not_shown_is_remembered_by_its_calls() -> None
     whole = whole_answer(
         "chat", "messages", frames, request_body=asked, store_reasoning=lambda *k: kept.append(k)
     )
-    assert [block["type"] for block in whole["content"]] == ["thinking", "tool_use", "tool_use"]
+    assert [block["type"] for block in whole["content"]] == ["tool_use", "tool_use"]
     assert kept == [(["a", "b"], "hm", "B==")]
 
 

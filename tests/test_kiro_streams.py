@@ -33,6 +33,7 @@ from goldens import (
 
 from aiclient_api import (
     KIRO,
+    UNSIGNED,
     ApiError,
     ContextTooLong,
     EventStreamFraming,
@@ -181,7 +182,7 @@ def called(call_id: str, name: str, arguments: Json) -> Json:
     return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
 
 
-def thinking(words: str, signature: str = "") -> Json:
+def thinking(words: str, signature: str = UNSIGNED) -> Json:
     """A thinking block."""
     return {"type": "thinking", "thinking": words, "signature": signature}
 

@@ -38,6 +38,7 @@ from goldens import (
 from aiclient_api import (
     DIALECTS,
     RESPONSES,
+    UNSIGNED,
     UPSTREAM_DIALECTS,
     ApiError,
     ContextTooLong,
@@ -407,7 +408,8 @@ def blocks_told(whole: Json) -> list[Any]:
         if part["type"] == "text":
             told.append(("text", part["text"]))
         elif part["type"] == "thinking":
-            told.append(("thinking", part["thinking"], part.get("signature", "")))
+            signature = part.get("signature", "").removeprefix(UNSIGNED)
+            told.append(("thinking", part["thinking"], signature))
         elif part["type"] == "redacted_thinking":
             told.append(("redacted", part["data"]))
         elif part["type"] == "tool_use":
