@@ -4113,7 +4113,7 @@ def read_stream_error(value: Any) -> ApiError:
 # 8.2 OpenAI chat completions
 
 
-CallKey = tuple[int, int] | str  # identifies a call within a response
+CallKey = tuple[int, ...] | str  # identifies a call within a response
 MAX_FAILED_PARSES = 8  # of one call's growing arguments; bounds the work
 
 
@@ -4132,9 +4132,18 @@ class StreamedCall:
     parsed_count: int = 0  #: number of pieces when they were last parsed
     is_object: bool = False  #: whether these were a JSON object
     failed_parses: int = 0
+    index: int = 0
+    guard: RunawayGuard = field(default_factory=RunawayGuard)
+
+    def add(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            self.is_blank = self.is_blank and text.isspace()
 
     def is_object_complete(self) -> bool:
         """Whether the arguments are a complete JSON object."""
+        if self.pieces and self.pieces[-1].rstrip()[-1:] not in ("}", ""):
+            return False
         if self.parsed_count != len(self.pieces):
             self.parsed_count = len(self.pieces)
             self.is_object = load_object("".join(self.pieces)) is not None
@@ -4201,9 +4210,9 @@ class BlockAssembler:
         if name and not call.name:
             call.name = name
             self.unopened.append(call)
-        if text:
-            call.pieces.append(text)
-            call.is_blank = call.is_blank and text.isspace()
+        # Kiro may repeat the complete arguments in the last fragment.
+        if not (call.complete or (is_last and text and call.is_object_complete())):
+            call.add(text)
         if call is self.call and not is_last:
             self.send_arguments(call)
             return
@@ -4278,6 +4287,61 @@ class BlockAssembler:
                 self.close()
         self.release_text()
         self.close()
+
+
+@dataclass(slots=True)
+class ChatCalls:
+    """Tells which call of a chat response a fragment belongs to.
+
+    Parallel calls may all have index 0, and ids that are empty or the same (Gemini at Copilot,
+    seen in 2026-11); other services repeat id and name in each fragment of a call.
+    """
+
+    calls: dict[CallKey, StreamedCall]  #: the caller adds the call of each key that it gets
+    keys: dict[tuple[int, int | str], CallKey] = field(default_factory=dict)  #: by index, or id
+    ids: dict[CallKey, str] = field(default_factory=dict)  #: as the upstream told them
+
+    def read(self, choice: Json, fragment: Json, position: int) -> tuple[CallKey, str, str, str]:
+        """(key, id, name, arguments) of a fragment, "" for what is missing or a repetition.
+
+        The first call at an index has (index of the choice, index of the call) as its key.
+        """
+        function = get_dict(fragment, "function")
+        call_id, name = get_text(fragment, "id"), get_text(function, "name")
+        arguments, text = function.get("arguments"), get_text(function, "arguments")
+        text = dump_text(arguments) if isinstance(arguments, dict) else text
+        choice_index, index = choice.get("index"), fragment.get("index")
+        choice_index = choice_index if isinstance(choice_index, int) else 0
+        place = choice_index, index if isinstance(index, int) else position
+        key, known = self.keys.get(place), self.keys.get((choice_index, call_id))
+        if known and (known[:2] == place or not name or not isinstance(index, int)):
+            key = known
+        if key is None or self.begins_call(key, call_id, name, text):
+            key = place if key is None else (*place, len(self.calls))
+            call_id = "" if known else call_id
+        elif call_id and name and text and self.is_whole(key, text):
+            text = ""
+        self.keys[place] = key
+        if call_id:
+            self.keys[choice_index, call_id] = key
+            self.ids.setdefault(key, call_id)
+        return key, call_id, name, text
+
+    def is_whole(self, key: CallKey, text: str) -> bool:
+        """Whether `text` begins an object although the arguments are complete."""
+        return text.lstrip()[:1] == "{" and self.calls[key].can_close()
+
+    def begins_call(self, key: CallKey, call_id: str, name: str, text: str) -> bool:
+        """Whether a fragment at the place of the call `key` begins another call."""
+        call, known_id = self.calls[key], self.ids.get(key, "")
+        is_other = bool(call_id and known_id and call_id != known_id)
+        if call.is_blank or (is_other and name):
+            return bool(name) and (is_other or name != (call.name or name))
+        if not name or not call_id or call_id != known_id:
+            return (bool(name) or is_other) and call.can_close()
+        if not self.is_whole(key, text):
+            return False
+        return name != call.name or load_object(text) != load_object("".join(call.pieces))
 
 
 CHAT_STOP_REASONS = {
@@ -4605,11 +4669,15 @@ class ChatReader:
 
     context: ResponseContext
     blocks: BlockAssembler = field(default_factory=lambda: BlockAssembler(CHAT_ENVELOPE))
+    calls: ChatCalls = field(init=False)
     usage: Usage = field(default_factory=Usage)
     reasoning: list[str] = field(default_factory=list)
     opaque: str = ""
     finish_reason: str = ""
     started: bool = False
+
+    def __post_init__(self) -> None:
+        self.calls = ChatCalls(self.blocks.calls)
 
     def read(self, frame: Json) -> list[Event]:
         if frame.get("error"):
@@ -4644,15 +4712,7 @@ class ChatReader:
         if get_dict(delta, "function_call"):
             fragments = [{"function": delta["function_call"]}]
         for position, fragment in enumerate(fragments):
-            function = get_dict(fragment, "function")
-            arguments = function.get("arguments")
-            if isinstance(arguments, dict):
-                arguments = dump_text(arguments)
-            elif not isinstance(arguments, str):
-                arguments = ""
-            call_id, name = get_text(fragment, "id"), get_text(function, "name")
-            key = call_key(choice, fragment, position)
-            self.blocks.add_call(key, call_id, name, arguments, is_last=False)
+            self.blocks.add_call(*self.calls.read(choice, fragment, position), is_last=False)
         finish_reason = get_text(choice, "finish_reason")
         if finish_reason and self.finish_reason != "tool_calls":
             self.finish_reason = finish_reason
@@ -4685,15 +4745,6 @@ class ChatReader:
         error = UpstreamError(f"The upstream ended with {finish_reason!r}.")
         blocks.events.append(MessageStop(stop_reason) if stop_reason else StreamError(error))
         return blocks.take()
-
-
-def call_key(choice: Json, fragment: Json, position: int) -> tuple[int, int]:
-    """(index of the choice, index of the call in it); either may be missing."""
-    choice_index, call_index = choice.get("index"), fragment.get("index")
-    return (
-        choice_index if isinstance(choice_index, int) else 0,
-        call_index if isinstance(call_index, int) else position,
-    )
 
 
 def chunk_base(context: ResponseContext, chunk_id: str, created: int) -> Json:
@@ -4820,12 +4871,10 @@ class ChatRelay:
     output_estimate: float = 0.0
     finished: bool = False
     base: Json = field(default_factory=dict)  #: the fields that all chunks share
-    started: bool = False
+    started: set[int] = field(default_factory=set)  #: choices
     finish_reasons: dict[int, str] = field(default_factory=dict)  #: per choice
-    call_indexes: dict[tuple[int, int], int] = field(default_factory=dict)
-    call_ids: list[str] = field(default_factory=list)
-    guards: list[RunawayGuard] = field(default_factory=list)  #: per call
-    guard: RunawayGuard = field(default_factory=RunawayGuard)  #: of the call that grew last
+    calls: ChatCalls = field(default_factory=lambda: ChatCalls({}))
+    call: StreamedCall | None = None  #: the one that grew last
     usage_frame: Json | None = None
     reasoning: list[str] = field(default_factory=list)
     opaque: str = ""
@@ -4856,11 +4905,13 @@ class ChatRelay:
         frame.update(self.base, choices=choices)
         frame.pop("usage", None)
         drop_vendor_fields(frame)
-        is_first, self.started = not self.started, True
-        if not is_first or any("role" in choice["delta"] for choice in choices):
-            return [frame]
-        opening = chunk_choice({"role": "assistant", "content": ""})
-        return [{**frame, "choices": [opening]}, frame]
+        openings = [
+            chunk_choice({"role": "assistant", "content": ""}, index=choice["index"])
+            for choice in choices
+            if choice["index"] not in self.started and "role" not in choice["delta"]
+        ]
+        self.started.update(choice["index"] for choice in choices)
+        return [{**frame, "choices": openings}, frame] if openings else [frame]
 
     def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
@@ -4881,8 +4932,7 @@ class ChatRelay:
         if isinstance(delta.get("tool_calls"), list):
             fragments = enumerate(get_dicts(delta, "tool_calls"))
             delta["tool_calls"] = [
-                self.repair_call(fragment, call_key(choice, fragment, position))
-                for position, fragment in fragments
+                self.repair_call(choice, fragment, position) for position, fragment in fragments
             ]
         else:
             delta.pop("tool_calls", None)
@@ -4890,35 +4940,33 @@ class ChatRelay:
             self.output_estimate += estimate_text(delta["content"])
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
-        if self.started:
+        if index in self.started:
             delta.pop("role", None)
         return {**choice, "index": index, "delta": delta, "finish_reason": None}
 
-    def repair_call(self, call: Json, key: tuple[int, int]) -> Json:
+    def repair_call(self, choice: Json, fragment: Json, position: int) -> Json:
         """A fragment with a dense index; id, type and name only in the first one of each call."""
-        function = get_dict(call, "function")
-        arguments = function.get("arguments") or ""
-        if isinstance(arguments, dict):
-            arguments = dump_text(arguments)
-        index = self.call_indexes.setdefault(key, len(self.guards))
-        is_first = index == len(self.guards)
+        key, call_id, name, arguments = self.calls.read(choice, fragment, position)
+        calls = self.calls.calls
+        is_first = key not in calls
         if is_first:
-            self.guards.append(RunawayGuard())
-        self.guard = self.guards[index]
-        self.guard.check(str(arguments))
+            call_id = call_id or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
+            calls[key] = StreamedCall(key, call_id, name, index=len(calls))
+        self.call = call = calls[key]
+        call.guard.check(arguments)
+        call.add(arguments)
         if not is_first:
-            return {"index": index, "function": {"arguments": arguments}}
-        name = str(function.get("name") or "")
-        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
-        self.call_ids.append(str(call_id))
+            return {"index": call.index, "function": {"arguments": arguments}}
         function = {"name": self.context.names.get(name, name), "arguments": arguments}
-        first_fields = {"index": index, "id": call_id, "type": "function", "function": function}
-        extra = {key: value for key, value in call.items() if key not in first_fields}
+        first_fields = {"index": call.index, "id": call.id, "type": "function"}
+        first_fields["function"] = function
+        extra = {key: value for key, value in fragment.items() if key not in first_fields}
         return {**extra, **first_fields}
 
     def track(self, kind: str, text: str) -> None:
-        if kind == "arguments":
-            self.guard.check(text)
+        if kind == "arguments" and self.call:
+            self.call.guard.check(text)
+            self.call.add(text)
         elif kind == "thinking":
             self.reasoning.append(text)
         elif kind == "text":
@@ -4931,12 +4979,13 @@ class ChatRelay:
             raise UpstreamError(TRUNCATED_RESPONSE)
         self.finished = True
         if self.opaque and self.context.store_reasoning:
-            self.context.store_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
+            call_ids = [call.id for call in self.calls.calls.values()]
+            self.context.store_reasoning(call_ids, "".join(self.reasoning), self.opaque)
         frames = []
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_STOP_REASONS:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
-            if self.call_indexes and finish_reason == "stop":
+            if self.calls.calls and finish_reason == "stop":
                 finish_reason = "tool_calls"
             frames.append({**self.base, "choices": [chunk_choice({}, finish_reason, index)]})
         if self.context.include_usage:

@@ -1,0 +1,189 @@
+"""Section 8: nothing of a response is lost or joined wrongly between model and client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from fake_kiro import message
+from goldens import make_flow, one_by_one, play, split_events
+
+from aiclient_api import DIALECTS, dump_json, load_object
+
+Json = dict[str, Any]
+
+
+def rows(upstream: str, frames: list[Json]) -> list[bytes]:
+    """The frames as an upstream sends them, one read each; Kiro's are `{event: payload}`."""
+    if upstream == "kiro":
+        head = {":content-type": "application/json", ":message-type": "event"}
+        events = [item for frame in frames for item in frame.items()]
+        return [message({":event-type": n, **head}, json.dumps(p).encode()) for n, p in events]
+    named = upstream != "chat"
+    heads = [f"event: {frame['type']}\n" if named else "" for frame in frames]
+    reads = [f"{h}data: {json.dumps(f)}\n\n" for h, f in zip(heads, frames, strict=True)]
+    return [read.encode() for read in reads] + ([] if named else [b"data: [DONE]\n\n"])
+
+
+def streamed(upstream: str, client: str, frames: list[Json], **terms: Any) -> list[Json]:
+    """The client's frames, which must not depend on how the stream is cut."""
+    reads = rows(upstream, frames)
+    data = b"".join(reads)
+    cuts = [[data], one_by_one(data), [data[: len(data) // 3], data[len(data) // 3 :]]]
+    sent = play(make_flow(upstream, client, **terms), reads)
+    for cut in cuts:
+        assert play(make_flow(upstream, client, **terms), cut) == sent
+    return [json.loads(row) for _, row in split_events(sent) if row != "[DONE]"]
+
+
+def collected(upstream: str, client: str, frames: list[Json], **terms: Any) -> Json:
+    """The non-streaming response for the same frames."""
+    flow = make_flow(upstream, client, stream=False, **terms)
+    play(flow, rows(upstream, frames))
+    body: Json = json.loads(dump_json(flow.response_body()))
+    return body
+
+
+def chunk(delta: Json, finish: str | None = None, index: int = 0) -> Json:
+    return {"id": "c", "choices": [{"index": index, "delta": delta, "finish_reason": finish}]}
+
+
+def joined(frames: list[Json], key: str, index: int = 0) -> str:
+    """A text of a chat stream's choice."""
+    choices = [choice for frame in frames for choice in frame["choices"]]
+    return "".join(c["delta"].get(key) or "" for c in choices if c["index"] == index)
+
+
+def calls_of(client: str, body: Json) -> list[tuple[str, str, Any]]:
+    """(id, name, arguments) of the calls in a non-streaming response."""
+    if client == "chat":
+        calls = body["choices"][0]["message"]["tool_calls"]
+        found = [(call["id"], call["function"]) for call in calls]
+        return [(call_id, f["name"], load_object(f["arguments"])) for call_id, f in found]
+    if client == "messages":
+        return [(b["id"], b["name"], b["input"]) for b in body["content"]]
+    return [(i["call_id"], i["name"], load_object(i["arguments"])) for i in body["output"]]
+
+
+def streamed_calls(client: str, frames: list[Json]) -> list[tuple[str, str, Any]]:
+    """The same of a stream, whose indexes must be dense and whose ids and names come once."""
+    calls: list[list[str]] = []
+    for frame in frames:
+        if client == "responses":
+            if frame["type"] == "response.completed":
+                return calls_of(client, frame["response"])
+            continue
+        block = frame.get("content_block", {})
+        if block:
+            calls.append([block["id"], block["name"], ""])
+        elif frame.get("delta", {}).get("partial_json"):
+            calls[frame["index"]][2] += frame["delta"]["partial_json"]
+        for choice in frame.get("choices", ()):
+            for call in choice["delta"].get("tool_calls", ()):
+                if call["index"] == len(calls):
+                    calls.append([call["id"], call["function"]["name"], ""])
+                else:
+                    assert call.keys() == {"index", "function"}
+                calls[call["index"]][2] += call["function"]["arguments"]
+    return [(call_id, name, load_object(text)) for call_id, name, text in calls]
+
+
+def piece(index: int | None, name: str, text: str, call_id: str | None = None) -> Json:
+    """A fragment of a call; what is empty or None is left out."""
+    function = {"arguments": text} | ({"name": name} if name else {})
+    place = {} if index is None else {"index": index}
+    return {**place, **({} if call_id is None else {"id": call_id}), "function": function}
+
+
+A, B = '{"city":"Paris"}', '{"city":"London","n":{}}'
+#: fragments by chunk, of two calls: of f with A and of f or g with B
+PARALLEL: dict[str, list[list[Json]]] = {
+    "ids": [[piece(0, "f", A, "x")], [piece(0, "f", B, "y")]],
+    "ids in one chunk": [[piece(0, "f", A, "x"), piece(0, "f", B, "y")]],
+    "empty ids": [[piece(0, "f", A, "")], [piece(0, "f", B, "")]],
+    "no ids in one chunk": [[piece(0, "f", A), piece(0, "f", B)]],
+    "no ids, in pieces": [
+        [piece(0, name, text)]
+        for name, text in (("f", ""), ("", A[:5]), ("", A[5:]), ("f", B[:4]), ("", B[4:]))
+    ],
+    "one id": [[piece(0, "f", A, "x"), piece(0, "g", B, "x")]],
+    "one id, two indexes": [[piece(0, "f", A, "x")], [piece(1, "g", B, "x")]],
+    "ids, in pieces": [
+        [piece(0, "f", "", "x")],
+        [piece(0, "", A)],
+        [piece(0, "g", B[:9], "y"), piece(0, "", B[9:])],
+    ],
+    "id and name in each": [
+        [piece(0, name, text, call_id)]
+        for name, whole, call_id in (("f", A, "x"), ("g", B, "y"))
+        for text in (whole[:4], whole[4:9], whole[9:], "")
+    ],
+    "a call that is repeated": [[piece(0, "f", A, "x")]] * 2 + [[piece(0, "g", B, "y")]],
+    "no index": [
+        [piece(None, "f", A[:6], "x"), piece(None, "g", B[:6], "y")],
+        [piece(None, "", A[6:], "x"), piece(None, "", B[6:], "y")],
+    ],
+    "a late id": [[piece(0, "f", "")], [piece(0, "", A, "x")], [piece(0, "g", B, "y")]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+@pytest.mark.parametrize("client", DIALECTS)
+@pytest.mark.parametrize("case", PARALLEL)
+def test_parallel_calls_at_one_index_stay_apart(case: str, client: str, rewritten: bool) -> None:
+    deltas: list[Json] = [{"role": "assistant", "content": ""}]
+    deltas += [*({"tool_calls": c} for c in PARALLEL[case])]
+    frames = [*map(chunk, deltas), chunk({}, "tool_calls")]
+    found = streamed_calls(client, streamed("chat", client, frames, rewritten=rewritten))
+    assert found == calls_of(client, collected("chat", client, frames, rewritten=rewritten))
+    (first_id, first, a), (second_id, second, b) = found
+    assert (first, a, b) == ("f", load_object(A), load_object(B)) and second in ("f", "g")
+    given = {p.get("id") for pieces in PARALLEL[case] for p in pieces} - {"", None}
+    assert first_id and second_id and first_id != second_id
+    assert given == {"x"} or case == "a late id" or given <= {first_id, second_id}
+
+
+@pytest.mark.parametrize("client", DIALECTS)
+def test_parallel_calls_of_a_whole_response_stay_apart(client: str) -> None:
+    message = {"role": "assistant", "tool_calls": PARALLEL["empty ids"][0] * 2}
+    body = {"id": "c", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    flow = make_flow("chat", client, stream=False)
+    flow.feed_buffered(json.dumps(body).encode())
+    found = calls_of(client, json.loads(dump_json(flow.response_body())))
+    assert [call[1:] for call in found] == [("f", load_object(A))] * 2
+    assert found[0][0] != found[1][0]
+
+
+@pytest.mark.parametrize("last", [A, load_object(A), f" {A}\n"], ids=["text", "object", "blanks"])
+@pytest.mark.parametrize("pieces", [[A], [A[:5], A[5:]], [load_object(A)]], ids=str)
+@pytest.mark.parametrize("client", DIALECTS)
+def test_complete_arguments_that_kiro_repeats_count_once(
+    client: str, pieces: list[Any], last: Any
+) -> None:
+    call = {"toolUseId": "tooluse_1", "name": "f"}
+    payloads = [call, *({**call, "input": part} for part in pieces)]
+    frames = [{"toolUseEvent": payload} for payload in payloads]
+    frames.append({"toolUseEvent": {**call, "input": last, "stop": True}})
+    expected = [("tooluse_1", "f", load_object(A))]
+    assert streamed_calls(client, streamed("kiro", client, frames)) == expected
+    assert calls_of(client, collected("kiro", client, frames)) == expected
+
+
+@pytest.mark.parametrize("roles", [(), (0,), (1,), (0, 1)])
+@pytest.mark.parametrize("split", [False, True])
+def test_each_choice_begins_with_its_role(roles: tuple[int, ...], split: bool) -> None:
+    choices = []
+    for index in (0, 1):
+        role = {"role": "assistant"} if index in roles else {}
+        choices.append(chunk({**role, "content": f"a{index}"}, index=index)["choices"][0])
+    first = [[choice] for choice in choices] if split else [choices]
+    frames: list[Json] = [{"id": "c", "choices": row} for row in first]
+    frames += [chunk({"role": "assistant", "content": "b"}, index=at) for at in (0, 1)]
+    frames += [chunk({}, "stop", index=at) for at in (0, 1)]
+    sent = streamed("chat", "chat", frames, multiple_choices=True)
+    for index in (0, 1):
+        assert joined(sent, "role", index) == "assistant"
+        assert joined(sent, "content", index) == f"a{index}b"
+        own = [c["delta"] for frame in sent for c in frame["choices"] if c["index"] == index]
+        assert own[0]["role"] == "assistant"
