@@ -331,6 +331,7 @@ AUTO_PROMPT_CHARS = 32_768
 AUTO_PEEK_BYTES = 4096  # of a response, searched for the name of its model
 MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
 MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
+MAX_HELD_FRAMES = 16  # of a stream, until a split character is complete
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
 # That definitions may add to the schemas of a request where `$ref`s are inlined: 16 KiB a tool.
@@ -2237,6 +2238,60 @@ def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
     return frames
 
 
+# What tells the texts of a stream apart, besides their keys.
+TEXT_INDEXES = ("type", "index", "output_index", "content_index", "summary_index", "toolUseId")
+TextPath = tuple[Any, ...]
+
+
+def find_texts(value: Any, path: TextPath = (), depth: int = 9) -> Iterator[tuple[TextPath, Json]]:
+    """(path, the object that holds it) of each text in a frame; the path ends with its key."""
+    if isinstance(value, dict):
+        path = (*path, *(str(value.get(key)) for key in TEXT_INDEXES))
+        yield from (((*path, key), value) for key in value if get_text(value, key))
+    members = value.items() if isinstance(value, dict) else [("", member) for member in value]
+    for key, member in members:
+        if depth and isinstance(member, (dict, list)):
+            yield from find_texts(member, (*path, key), depth - 1)
+
+
+@dataclass(slots=True)
+class PairJoiner:
+    """Joins surrogate pairs, as in emoji, that were split between two deltas of a text.
+
+    Services that count in UTF-16 cut strings there.  A frame whose text ends with a first half is
+    held until that text goes on, or cannot.
+    """
+
+    held: list[Json] = field(default_factory=list)  #: frames
+    halves: dict[TextPath, Json] = field(default_factory=dict)  #: where a text ends with a half
+
+    def join(self, blocks: bytes, frames: list[Json]) -> list[Json]:
+        """The frames of `blocks`, and those held before, as far as they are complete."""
+        if not self.held and b"\\ud" not in blocks and b"\\uD" not in blocks:
+            return frames
+        ready: list[Json] = []
+        for frame in frames:
+            for path, holder in find_texts(frame):
+                key, text = path[-1], holder[path[-1]]
+                former = self.halves.pop(path, None)
+                if former and "\udc00" <= text[0] <= "\udfff":
+                    pair = (former[key][-1] + text[0]).encode("utf-16-le", "surrogatepass")
+                    former[key], holder[key] = former[key][:-1], pair.decode("utf-16-le") + text[1:]
+                if "\ud800" <= text[-1] <= "\udbff":
+                    self.halves[path] = holder
+            self.held.append(frame)
+            kind = get_text(frame, "type")
+            is_delta = not kind or kind == "ping" or "delta" in kind
+            if not (self.halves and is_delta and len(self.held) < MAX_HELD_FRAMES):
+                ready += self.release()
+        return ready
+
+    def release(self) -> list[Json]:
+        frames, self.held = self.held, []
+        self.halves.clear()
+        return frames
+
+
 def write_sse(frame: Json, name: str = "") -> bytes:
     if name:
         return b"event: %b\ndata: %b\n\n" % (name.encode(), dump_json(frame))
@@ -2362,7 +2417,10 @@ class EventStreamFraming:
         if value is None:
             return b"?"  # makes the event malformed
         inner = value.get(member) if len(value) == 1 else None
-        return dump_json(inner if isinstance(inner, dict) else value)
+        try:  # as ASCII, as a text may end with half of a surrogate pair
+            return json.dumps(inner if isinstance(inner, dict) else value, allow_nan=False).encode()
+        except RecursionError:
+            return b"?"
 
     def frames(self, blocks: bytes) -> list[Json]:
         """The frames of unparsed events, each with one member; a malformed one is the last."""
@@ -2651,6 +2709,7 @@ class BlockStart:
     id: str = ""
     name: str = ""
     raw: Json | None = None  #: the upstream's block, if only its own dialect can express it
+    is_paragraph: bool = False  #: not the continuation of an earlier text
 
 
 @dataclass(slots=True)
@@ -4768,6 +4827,8 @@ class ChatWriter(Writer):
         self.call_index = -1
         self.block_kind = ""
         self.has_empty_call = False
+        self.sent_kinds: set[str] = set()  # of blocks with text
+        self.separator = ""  # before the text of the open block
 
     def write(self, event: Event) -> list[Json]:
         """Signatures and citations cannot be expressed in this dialect."""
@@ -4777,11 +4838,15 @@ class ChatWriter(Writer):
                 self.has_empty_call = False
                 delta = self.call_delta({"arguments": event.text})
             elif self.block_kind in self.FIELDS and event.part == "text":
-                delta = {self.FIELDS[self.block_kind]: event.text}
+                delta = {self.FIELDS[self.block_kind]: self.separator + event.text}
+                self.separator = ""
+                self.sent_kinds.add(self.block_kind)
         elif isinstance(event, MessageStart):
             delta = {"role": "assistant", "content": ""}
         elif isinstance(event, BlockStart):
             self.block_kind = event.kind
+            is_next = event.is_paragraph and event.kind in self.sent_kinds
+            self.separator = "\n\n" if is_next else ""
             self.has_empty_call = event.kind == "tool"
             if self.has_empty_call:
                 self.call_index += 1
@@ -6240,7 +6305,7 @@ class OutputItem:
         if self.open_block != block_kind:
             self.end_text()
             self.open_block = block_kind
-            self.events.append(BlockStart(block_kind))
+            self.events.append(BlockStart(block_kind, is_paragraph=True))
         self.pieces.append(text)
         self.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
 
@@ -7753,6 +7818,7 @@ class StreamTranslator:
     stream: bool
     request_id: str
     framing: Framing = field(init=False)
+    pairs: PairJoiner = field(init=False)
     relay: Relay = field(init=False)
     may_copy: bool = field(init=False)  #: text deltas, without parsing each
     frames: list[Json] = field(default_factory=list)  #: without `stream`
@@ -7767,7 +7833,7 @@ class StreamTranslator:
 
     def __post_init__(self) -> None:
         upstream, client, context = self.upstream, self.client, self.context
-        self.framing = upstream.framing()
+        self.framing, self.pairs = upstream.framing(), PairJoiner()
         self.may_copy = self.stream and not context.stop_strings
         if (
             upstream is not client
@@ -7842,10 +7908,10 @@ class StreamTranslator:
         """Parses and relays complete events; the last one may give a new template."""
         self.unused_templates += self.template is not None
         self.template = None
-        frames = self.framing.frames(blocks)
+        frames = self.pairs.join(blocks, self.framing.frames(blocks))
         # Seldom where each event differs in more than its text.
         is_likely = self.unused_templates < 4 or not self.frame_count % 8
-        may_copy = frames and self.may_copy and is_likely
+        may_copy = frames and self.may_copy and is_likely and not self.pairs.held
         delta = self.upstream.read_delta(frames[-1]) if may_copy else None
         frame = self.relay_frames(frames)
         if not delta or self.is_finished or self.frame_count < 2:
@@ -7878,7 +7944,7 @@ class StreamTranslator:
         try:
             if error:
                 raise error
-            self.relay_frames(self.framing.last_frames())
+            self.relay_frames(self.pairs.release() + self.framing.last_frames())
             if not self.is_finished:
                 self.send(self.relay.end())
         except ApiError as failure:

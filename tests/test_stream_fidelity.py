@@ -9,7 +9,7 @@ import pytest
 from fake_kiro import message
 from goldens import make_flow, one_by_one, play, split_events
 
-from aiclient_api import DIALECTS, dump_json, load_object
+from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, dump_json, load_object
 
 Json = dict[str, Any]
 
@@ -187,3 +187,174 @@ def test_each_choice_begins_with_its_role(roles: tuple[int, ...], split: bool) -
         assert joined(sent, "content", index) == f"a{index}b"
         own = [c["delta"] for frame in sent for c in frame["choices"] if c["index"] == index]
         assert own[0]["role"] == "assistant"
+
+
+HEADS: dict[str, list[Json]] = {
+    "chat": [chunk({"role": "assistant", "content": ""})],
+    "messages": [{"type": "message_start", "message": {"id": "m", "usage": {"input_tokens": 1}}}],
+    "responses": [{"type": "response.created", "response": {"id": "r", "output": []}}],
+    "kiro": [],
+}
+KIRO_TEXTS = {
+    "text": ("assistantResponseEvent", "content"),
+    "thinking": ("reasoningContentEvent", "text"),
+    "arguments": ("toolUseEvent", "input"),
+}
+
+
+def delta_stream(upstream: str, kind: str, texts: list[str], between: list[Json]) -> list[Json]:
+    """A response of one block whose deltas are `texts`, with `between` after the first half."""
+    whole, frames = "".join(texts), [*HEADS[upstream]]
+    if upstream == "kiro":
+        name, key = KIRO_TEXTS[kind]
+        call = {"toolUseId": "t1", "name": "f"} if kind == "arguments" else {}
+        deltas: list[Json] = [{name: {**call, key: text}} for text in texts]
+        ends: list[Json] = [{name: {**call, "stop": True}}] if call else []
+    elif upstream == "chat":
+        key = {"text": "content", "thinking": "reasoning_text"}.get(kind, "")
+        calls = [[{"index": 0, "function": {"arguments": text}}] for text in texts]
+        pieces = [{key: text} if key else {"tool_calls": c} for text, c in zip(texts, calls)]
+        if not key:
+            frames.append(chunk({"tool_calls": [piece(0, "f", "", "c1")]}))
+        deltas, ends = [*map(chunk, pieces)], [chunk({}, "stop" if key else "tool_calls")]
+    elif upstream == "messages":
+        block: Json = {"type": kind, kind: ""}
+        key, type_ = kind, f"{kind}_delta"
+        if kind == "arguments":
+            block = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+            key, type_ = "partial_json", "input_json_delta"
+        where: Json = {"index": 0}
+        frames.append({"type": "content_block_start", **where, "content_block": block})
+        deltas = [
+            {"type": "content_block_delta", **where, "delta": {"type": type_, key: text}}
+            for text in texts
+        ]
+        stop = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {}}
+        ends = [{"type": "content_block_stop", **where}, stop, {"type": "message_stop"}]
+    else:
+        items: dict[str, Json] = {
+            "text": {"type": "message", "content": [{"type": "output_text", "text": whole}]},
+            "thinking": {"type": "reasoning", "summary": [{"type": "summary_text", "text": whole}]},
+            "arguments": {
+                "type": "function_call",
+                "call_id": "c1",
+                "name": "f",
+                "arguments": whole,
+            },
+        }
+        item = items[kind]
+        names = {"text": "output_text", "thinking": "reasoning_summary_text"}
+        name = f"response.{names.get(kind, 'function_call_arguments')}.delta"
+        part = {"thinking": "summary_index", "text": "content_index"}.get(kind, "x")
+        where = {"output_index": 0, "item_id": "i"}
+        empty = {**item, "arguments": "", "summary": [], "content": []}
+        frames.append({"type": "response.output_item.added", "output_index": 0, "item": empty})
+        if kind == "thinking":
+            added = {"type": "response.reasoning_summary_part.added", part: 0, "part": {}}
+            frames.append({**added, **where})
+        deltas = [{"type": name, **where, part: 0, "delta": text} for text in texts]
+        done = {"type": "response.output_item.done", "output_index": 0, "item": item}
+        response = {"id": "r", "status": "completed", "output": [item]}
+        ends = [done, {"type": "response.completed", "response": response}]
+    at = next((n + 1 for n, text in enumerate(texts) if text[-1:] == "\ud83d"), 1)
+    return [*frames, *deltas[:at], *between, *deltas[at:], *ends]
+
+
+def texts_of(client: str, frames: list[Json], kind: str) -> str:
+    """All text of one kind in the deltas of a client's stream."""
+    if client == "chat":
+        calls = (c for f in frames for h in f["choices"] for c in h["delta"].get("tool_calls", ()))
+        arguments = "".join(call["function"]["arguments"] for call in calls)
+        key = "reasoning_content" if kind == "thinking" else "content"
+        return arguments if kind == "arguments" else joined(frames, key)
+    if client == "messages":
+        key = "partial_json" if kind == "arguments" else kind
+        deltas = (f["delta"] for f in frames if f["type"] == "content_block_delta")
+        return "".join(delta.get(key, "") for delta in deltas)
+    return "".join(f["delta"] for f in frames if f["type"].endswith(".delta"))
+
+
+def collected_text(client: str, body: Json, kind: str) -> str:
+    if kind == "arguments":
+        return json.dumps(calls_of(client, body)[0][2], ensure_ascii=False, separators=(",", ":"))
+    if client == "chat":
+        message = body["choices"][0]["message"]
+        return str(message["reasoning_content" if kind == "thinking" else "content"])
+    if client == "messages":
+        return str(body["content"][0][kind])
+    item = body["output"][0]
+    return str(item["summary" if kind == "thinking" else "content"][0]["text"])
+
+
+WORDS = [f"w{n} " for n in range(30)]  # enough for a template
+LATER: dict[str, list[Json]] = {
+    "messages": [{"type": "ping"}],
+    "chat": [{"id": "c", "choices": []}],
+}
+
+
+@pytest.mark.parametrize("kind", ["text", "thinking", "arguments"])
+@pytest.mark.parametrize("client", DIALECTS)
+@pytest.mark.parametrize("upstream", UPSTREAM_DIALECTS)
+def test_a_character_that_is_split_between_deltas_is_joined(
+    upstream: str, client: str, kind: str
+) -> None:
+    for halves, expected in (
+        (["a\ud83d", "\ude00b"], "a😀b"),
+        (["\ud83d", "\ude00\ud83d", "\ude01"], "😀😁"),
+        (["a\ud83d", "b"], "a\ufffdb"),
+        (["a\ud83d"], "a\ufffd"),
+        (["a", "\ude00"], "a\ufffd"),
+    ):
+        texts, whole = [*WORDS, *halves, *WORDS], "".join([*WORDS, expected, *WORDS])
+        if len(halves) == 1:
+            texts, whole = texts[: -len(WORDS)], "".join([*WORDS, expected])
+        if kind == "arguments":
+            texts, whole = ['{"a":"', *texts, '"}'], f'{{"a":"{whole}"}}'
+        frames = delta_stream(upstream, kind, texts, LATER.get(upstream, []))
+        terms = {"store_reasoning": lambda *_: None}
+        assert texts_of(client, streamed(upstream, client, frames, **terms), kind) == whole
+        assert collected_text(client, collected(upstream, client, frames), kind) == whole
+
+
+def message_frames(index: int, *texts: str) -> list[Json]:
+    """A message item of a responses upstream, one part and its deltas."""
+    item = {"id": f"m{index}", "type": "message", "role": "assistant"}
+    part = {"type": "output_text", "text": "".join(texts), "annotations": []}
+    where = {"output_index": index}
+    delta = {"type": "response.output_text.delta", **where, "content_index": 0}
+    return [
+        {"type": "response.output_item.added", **where, "item": {**item, "content": []}},
+        *({**delta, "delta": text} for text in texts),
+        {"type": "response.output_text.done", **where, "content_index": 0, "text": part["text"]},
+        {"type": "response.output_item.done", **where, "item": {**item, "content": [part]}},
+    ]
+
+
+@pytest.mark.parametrize("between", ["nothing", "a call"])
+def test_two_messages_of_a_responses_upstream_are_two_paragraphs(between: str) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": A}
+    middle = [{"type": "response.output_item.done", "output_index": 1, "item": call}]
+    middle = middle if between == "a call" else []
+    first, last = "I am checking.", "It is done."
+    answer = message_frames(1 + len(middle), last[:5], *WORDS, last[5:])
+    frames = [*HEADS["responses"], *message_frames(0, first[:4], first[4:]), *middle, *answer]
+    frames.append({"type": "response.completed", "response": {"id": "r", "output": []}})
+    last = "".join([last[:5], *WORDS, last[5:]])
+    sent = streamed("responses", "chat", frames)
+    assert joined(sent, "content") == f"{first}\n\n{last}"
+    body = collected("responses", "chat", frames)
+    assert body["choices"][0]["message"]["content"] == f"{first}\n\n{last}"
+    for content in (
+        collected("responses", "messages", frames)["content"],
+        [
+            f["content_block"]
+            for f in streamed("responses", "messages", frames)
+            if "content_block" in f
+        ],
+    ):
+        assert [b["type"] for b in content if b["type"] == "text"] == ["text"] * 2
+    texts = [b.get("text") for b in collected("responses", "messages", frames)["content"]]
+    assert [text for text in texts if text] == [first, last]
+    output = collected("responses", "responses", frames)["output"]
+    assert [i["content"][0]["text"] for i in output if "content" in i] == [first, last]
