@@ -6305,7 +6305,7 @@ class OutputItem:
         if self.open_block != block_kind:
             self.end_text()
             self.open_block = block_kind
-            self.events.append(BlockStart(block_kind, is_paragraph=True))
+            self.events.append(BlockStart(block_kind, is_paragraph=not self.pieces))
         self.pieces.append(text)
         self.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
 
