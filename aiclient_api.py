@@ -6497,8 +6497,21 @@ def expand_part(position: Json, index: int, part: Json) -> list[Json]:
     return [{"type": frame["type"], **position, index_key: index, **frame} for frame in frames]
 
 
+def mark_if_cut(item: Json, arguments: Any, is_last: bool) -> bool:
+    """Gives an item that was cut its status; `is_last`: of a response that is incomplete."""
+    is_cut = is_last or item.get("status") == "incomplete"
+    if isinstance(arguments, str) and (is_last or arguments.lstrip()[:1] == "{"):
+        is_cut = load_object(arguments) is None
+    if is_cut:
+        item["status"] = "incomplete"
+    return is_cut
+
+
 def expand_item(index: int, item: Json) -> list[Json]:
-    """The frames of one item: clients read text and arguments from deltas only."""
+    """The frames of one item: clients read text and arguments from deltas only.
+
+    Nothing says that the arguments of a call that was cut are done.
+    """
     position = {"item_id": item.get("id"), "output_index": index}
     opened_item = {**item, "status": "in_progress"}
     frames: list[Json] = []
@@ -6517,7 +6530,7 @@ def expand_item(index: int, item: Json) -> list[Json]:
             frames += [
                 {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
                 {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
-            ]
+            ][: 1 if item.get("status") == "incomplete" else 2]
     return [
         {"type": "response.output_item.added", "output_index": index, "item": opened_item},
         *frames,
@@ -6540,6 +6553,7 @@ class ResponsesWriter:
         self.pieces: list[str] = []
         self.signature: list[str] = []
         self.sent_count = 0  # how many frames of the item need not be sent when it is complete
+        self.is_ended = False  # the item, but not yet sent: the response may end as incomplete
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
@@ -6548,13 +6562,11 @@ class ResponsesWriter:
             created = response_frame(self.context, "created")
             return [created, {**created, "type": "response.in_progress"}]
         if isinstance(event, BlockStart):
+            frames = self.end_item()
             self.kind, self.pieces, self.signature = event.kind, [], []
-            return self.open_item(event) if event.kind != "opaque" else []
-        if isinstance(event, BlockStop) and self.kind != "opaque":
-            self.complete_item("".join(self.pieces))
-            frames = expand_item(len(self.output), self.item)[self.sent_count :]
-            self.output.append(self.item)
-            return frames
+            return frames + (self.open_item(event) if event.kind != "opaque" else [])
+        if isinstance(event, BlockStop):
+            self.is_ended = self.kind != "opaque"
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
         return self.write_stop(event) if isinstance(event, MessageStop) else []
@@ -6614,6 +6626,23 @@ class ResponsesWriter:
     def track(self, kind: str, text: str) -> None:
         self.pieces.append(text)
 
+    def end_item(self, reason: str | None = "") -> list[Json]:
+        """The last frames of an item that has ended.
+
+        `reason`: why its response is incomplete, None if it is complete, "" if it goes on.
+        """
+        if not self.is_ended:
+            return []
+        self.is_ended, text = False, "".join(self.pieces)
+        self.complete_item(text)
+        arguments = text if self.kind == "tool" else None
+        is_cut = reason is not None and mark_if_cut(self.item, arguments, bool(reason))
+        if is_cut and not text and self.item["type"] == "function_call":
+            self.item["arguments"] = ""
+        frames = expand_item(len(self.output), self.item)[self.sent_count :]
+        self.output.append(self.item)
+        return frames
+
     def complete_item(self, text: str) -> None:
         item, kind = self.item, self.item["type"]
         if kind == "reasoning":
@@ -6638,12 +6667,15 @@ class ResponsesWriter:
 
     def write_stop(self, event: MessageStop) -> list[Json]:
         reason = INCOMPLETE_REASONS.get(event.reason)
-        frames: list[Json] = []
         explanation = get_text(event.details or {}, "explanation")
         if event.reason == "filter" and explanation:
-            steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
-            frames = [frame for step in steps for frame in self.write(step)]
             reason = None
+        frames = self.end_item(reason)
+        if any(item.get("status") == "incomplete" for item in self.output):
+            reason = reason or "max_output_tokens"
+        if event.reason == "filter" and explanation:
+            steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
+            frames += [frame for step in steps for frame in self.write(step)] + self.end_item()
         members: Json = {"output": self.output, "usage": write_usage(self.usage, RESPONSES_USAGE)}
         if reason:
             members["incomplete_details"] = {"reason": reason}
@@ -6669,6 +6701,7 @@ class ResponsesRelay:
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.guard = RunawayGuard()  # of the item that grew last
         self.started = False
+        self.held: list[Json] = []  # that end an item: the response may end as incomplete
 
     def repair(self, frame: Json) -> list[Json]:
         kind = str(frame.get("type") or "")
@@ -6692,11 +6725,28 @@ class ResponsesRelay:
         if isinstance(response, dict):
             self.repair_response(response)
             if self.finished:
+                if kind == "response.completed" and response.get("status") == "incomplete":
+                    frame["type"] = "response.incomplete"
                 read_usage(response, RESPONSES_USAGE, self.usage)
                 read_copilot_usage(frame, self.usage)
         elif self.finished:
             raise UpstreamError(PROTOCOL_VIOLATION)
-        return [*frames, frame]
+        if kind.endswith(".done"):
+            self.held += [*frames, frame]
+            return []
+        return [*self.release(frame.get("type") == "response.incomplete"), *frames, frame]
+
+    def release(self, is_incomplete: bool) -> list[Json]:
+        """The held frames, without those that tell cut arguments as done."""
+        frames, self.held = self.held, []
+        items = [(str(frame.get("output_index")), get_dict(frame, "item")) for frame in frames]
+        cut = {
+            index
+            for index, item in items
+            if item and mark_if_cut(item, item.get("arguments"), is_incomplete)
+        }
+        done = {kind.replace(".delta", ".done") for kind in CALL_DELTAS}
+        return [f for f in frames if f["type"] not in done or str(f.get("output_index")) not in cut]
 
     def repair_item_frame(self, kind: str, index: int, frame: Json) -> list[Json]:
         """Repairs ids and names; returns the deltas of a summary that came only with its item."""
@@ -6743,9 +6793,15 @@ class ResponsesRelay:
         output = response.get("output")
         if self.finished and not output:  # its items may have been streamed before
             response["output"] = output = [item for _, item in sorted(self.done_items.items())]
-        for index, item in enumerate(output if isinstance(output, list) else ()):
+        status, items = response.get("status"), output if isinstance(output, list) else []
+        for index, item in enumerate(items):
             if isinstance(item, dict):
                 self.rename(item, "id", index)
+                is_last = status == "incomplete" and item is items[-1]
+                is_cut = self.finished and mark_if_cut(item, item.get("arguments"), is_last)
+                if is_cut and status == "completed":  # a call that was cut must not be run
+                    response["status"] = "incomplete"
+                    response["incomplete_details"] = {"reason": "max_output_tokens"}
                 # Encrypted content is reliable only in the last frame of its item.
                 encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
                 item.update({"encrypted_content": encrypted} if encrypted else {})

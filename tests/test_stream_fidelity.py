@@ -9,7 +9,7 @@ import pytest
 from fake_kiro import message
 from goldens import make_flow, one_by_one, play, split_events
 
-from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, dump_json, load_object
+from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, Tool, dump_json, load_object
 
 Json = dict[str, Any]
 
@@ -358,3 +358,123 @@ def test_two_messages_of_a_responses_upstream_are_two_paragraphs(between: str) -
     assert [text for text in texts if text] == [first, last]
     output = collected("responses", "responses", frames)["output"]
     assert [i["content"][0]["text"] for i in output if "content" in i] == [first, last]
+
+
+def call_frames(upstream: str, arguments: str) -> list[Json]:
+    """A call at whose arguments a response ends, up to its last frames."""
+    if upstream == "chat":
+        fragments = [piece(0, "f", "", "x"), piece(0, "", arguments)]
+        return [*(chunk({"tool_calls": [part]}) for part in fragments), chunk({}, "length")]
+    where: Json = {"index": 0}
+    block = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
+    delta = {"type": "input_json_delta", "partial_json": arguments}
+    stop = {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": {}}
+    return [
+        {"type": "content_block_start", **where, "content_block": block},
+        {"type": "content_block_delta", **where, "delta": delta},
+        {"type": "content_block_stop", **where},
+        *(stop, {"type": "message_stop"}),
+    ]
+
+
+@pytest.mark.parametrize("tool_kind", ["function", "custom", "tool_search"])
+@pytest.mark.parametrize("arguments", ['{"a":"b', "", A])
+@pytest.mark.parametrize("upstream", ["chat", "messages"])
+def test_a_call_that_is_cut_is_incomplete(upstream: str, arguments: str, tool_kind: str) -> None:
+    frames = [*HEADS[upstream], *call_frames(upstream, arguments)]
+    tools = {"f": Tool("f", "", {}, kind=tool_kind)}
+    sent = streamed(upstream, "responses", frames, tools=tools)
+    status = "completed" if arguments == A else "incomplete"
+    done = next(f["item"] for f in sent if f["type"] == "response.output_item.done")
+    assert done["status"] == status
+    assert sent[-1]["type"] == "response.incomplete" and sent[-1]["response"]["output"] == [done]
+    told = [f["type"] for f in sent if f["type"].endswith(("arguments.done", "input.done"))]
+    assert len(told) == (status == "completed" and tool_kind != "tool_search")
+    assert collected(upstream, "responses", frames, tools=tools)["output"] == [done]
+
+
+@pytest.mark.parametrize("kind", ["text", "thinking"])
+@pytest.mark.parametrize("upstream", DIALECTS)
+def test_text_that_is_cut_at_the_limit_is_incomplete(upstream: str, kind: str) -> None:
+    """Also where a responses upstream calls the item complete and the response incomplete."""
+    frames = delta_stream(upstream, kind, WORDS, [])
+    limits: Json = {"chat": ("finish_reason", "stop", "length")}
+    limits |= {"messages": ("stop_reason", "end_turn", "max_tokens")}
+    limits |= {"responses": ("status", "completed", "incomplete")}
+    key, old, new = limits[upstream]
+    text = json.dumps(frames[-2:]).replace(f'"{key}": "{old}"', f'"{key}": "{new}"')
+    frames[-2:] = json.loads(text.replace('"response.completed"', '"response.incomplete"'))
+    sent = streamed(upstream, "responses", frames)
+    assert sent[-1]["type"] == "response.incomplete"
+    last = next(f["item"] for f in reversed(sent) if f["type"] == "response.output_item.done")
+    assert last["status"] == sent[-1]["response"]["output"][-1]["status"] == "incomplete"
+    assert collected(upstream, "responses", frames)["output"][-1]["status"] == "incomplete"
+    flow = make_flow(upstream, "responses")
+    play(flow, rows(upstream, delta_stream(upstream, kind, WORDS, [])))
+    assert flow.is_complete
+
+
+@pytest.mark.parametrize("kind", ["function_call", "custom_tool_call"])
+@pytest.mark.parametrize("end", ["completed", "incomplete"])
+def test_a_responses_upstream_that_contradicts_itself_is_corrected(end: str, kind: str) -> None:
+    key = "arguments" if kind == "function_call" else "input"
+    item = {"type": kind, "id": "i", "call_id": "c", "name": "f", "status": "completed"}
+    item[key] = '{"a":"b'
+    where: Json = {"output_index": 0, "item_id": "i"}
+    stem = f"response.{kind}_{key}"
+    frames = [
+        *HEADS["responses"],
+        {"type": "response.output_item.added", "output_index": 0, "item": {**item, key: ""}},
+        {"type": f"{stem}.delta", **where, "delta": item[key]},
+        {"type": f"{stem}.done", **where, key: item[key]},
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": f"response.{end}", "response": {"id": "r", "status": end, "output": [item]}},
+    ]
+    is_cut = kind == "function_call" or end == "incomplete"
+    sent = streamed("responses", "responses", frames)
+    status = "incomplete" if is_cut else "completed"
+    response = sent[-1]["response"]
+    assert (sent[-1]["type"], response["status"]) == (f"response.{status}", status)
+    done = next(f["item"] for f in sent if f["type"] == "response.output_item.done")
+    assert done["status"] == response["output"][0]["status"] == status
+    assert (f"{stem}.done" in [f["type"] for f in sent]) is not is_cut
+    whole = collected("responses", "responses", frames)
+    assert (whole["status"], whole["output"][0]["status"]) == (status, status)
+
+
+@pytest.mark.parametrize("client", DIALECTS)
+@pytest.mark.parametrize("repeated", [True, False])
+def test_blank_deltas_of_a_custom_tools_input_are_kept(client: str, repeated: bool) -> None:
+    deltas = ["\n", "if x:", "\n", "    ", "y()", " ", "\n\n"]
+    item = {"type": "custom_tool_call", "id": "i", "call_id": "c", "name": "f", "input": ""}
+    where: Json = {"output_index": 0, "item_id": "i"}
+    done = {**item, "input": "".join(deltas) if repeated or client == "responses" else ""}
+    name = "response.custom_tool_call_input.delta"
+    frames = [
+        *HEADS["responses"],
+        {"type": "response.output_item.added", "output_index": 0, "item": item},
+        *({"type": name, **where, "delta": delta} for delta in deltas),
+        {"type": "response.output_item.done", "output_index": 0, "item": done},
+        {"type": "response.completed", "response": {"id": "r", "output": [done]}},
+    ]
+    sent = streamed("responses", client, frames)
+    expected = "".join(deltas)
+    if client == "responses":
+        assert [frame["delta"] for frame in sent if frame["type"] == name] == deltas
+        assert collected("responses", client, frames)["output"][0]["input"] == expected
+    else:
+        assert streamed_calls(client, sent) == [("c", "f", {"input": expected})]
+        assert calls_of(client, collected("responses", client, frames)) == [
+            ("c", "f", {"input": expected})
+        ]
+
+
+@pytest.mark.parametrize("upstream", ["chat", "messages", "kiro"])
+def test_blanks_around_a_custom_tools_input_are_kept(upstream: str) -> None:
+    texts = ['{"input":"', "\\n", "  ", "if x:", "\\n", " ", "y()", "\\n", '"}']
+    frames = delta_stream(upstream, "arguments", texts, [])
+    tools = {"f": Tool("f", "", {}, kind="custom")}
+    output = collected(upstream, "responses", frames, tools=tools)["output"]
+    assert output[0]["input"] == "\n  if x:\n y()\n"
+    sent = streamed(upstream, "responses", frames, tools=tools)
+    assert sent[-1]["response"]["output"] == output
