@@ -330,6 +330,7 @@ AUTO_PROMPT_CHARS = 32_768
 AUTO_PEEK_BYTES = 4096  # of a response, searched for the name of its model
 MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
 MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
+MAX_HELD_FRAMES = 16  # of a stream, until a split character is complete
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
 # That definitions may add to the schemas of a request where `$ref`s are inlined: 16 KiB a tool.
@@ -2238,6 +2239,60 @@ def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
     return frames
 
 
+# What tells the texts of a stream apart, besides their keys.
+TEXT_INDEXES = ("type", "index", "output_index", "content_index", "summary_index", "toolUseId")
+TextPath = tuple[Any, ...]
+
+
+def find_texts(value: Any, path: TextPath = (), depth: int = 9) -> Iterator[tuple[TextPath, Json]]:
+    """(path, the object that holds it) of each text in a frame; the path ends with its key."""
+    if isinstance(value, dict):
+        path = (*path, *(str(value.get(key)) for key in TEXT_INDEXES))
+        yield from (((*path, key), value) for key in value if get_text(value, key))
+    members = value.items() if isinstance(value, dict) else [("", member) for member in value]
+    for key, member in members:
+        if depth and isinstance(member, (dict, list)):
+            yield from find_texts(member, (*path, key), depth - 1)
+
+
+@dataclass(slots=True)
+class PairJoiner:
+    """Joins surrogate pairs, as in emoji, that were split between two deltas of a text.
+
+    Services that count in UTF-16 cut strings there.  A frame whose text ends with a first half is
+    held until that text goes on, or cannot.
+    """
+
+    held: list[Json] = field(default_factory=list)  #: frames
+    halves: dict[TextPath, Json] = field(default_factory=dict)  #: where a text ends with a half
+
+    def join(self, blocks: bytes, frames: list[Json]) -> list[Json]:
+        """The frames of `blocks`, and those held before, as far as they are complete."""
+        if not self.held and b"\\ud" not in blocks and b"\\uD" not in blocks:
+            return frames
+        ready: list[Json] = []
+        for frame in frames:
+            for path, holder in find_texts(frame):
+                key, text = path[-1], holder[path[-1]]
+                former = self.halves.pop(path, None)
+                if former and "\udc00" <= text[0] <= "\udfff":
+                    pair = (former[key][-1] + text[0]).encode("utf-16-le", "surrogatepass")
+                    former[key], holder[key] = former[key][:-1], pair.decode("utf-16-le") + text[1:]
+                if "\ud800" <= text[-1] <= "\udbff":
+                    self.halves[path] = holder
+            self.held.append(frame)
+            kind = get_text(frame, "type")
+            is_delta = not kind or kind == "ping" or "delta" in kind
+            if not (self.halves and is_delta and len(self.held) < MAX_HELD_FRAMES):
+                ready += self.release()
+        return ready
+
+    def release(self) -> list[Json]:
+        frames, self.held = self.held, []
+        self.halves.clear()
+        return frames
+
+
 def write_sse(frame: Json, name: str = "") -> bytes:
     if name:
         return b"event: %b\ndata: %b\n\n" % (name.encode(), dump_json(frame))
@@ -2363,7 +2418,10 @@ class EventStreamFraming:
         if value is None:
             return b"?"  # makes the event malformed
         inner = value.get(member) if len(value) == 1 else None
-        return dump_json(inner if isinstance(inner, dict) else value)
+        try:  # as ASCII, as a text may end with half of a surrogate pair
+            return json.dumps(inner if isinstance(inner, dict) else value, allow_nan=False).encode()
+        except RecursionError:
+            return b"?"
 
     def frames(self, blocks: bytes) -> list[Json]:
         """The frames of unparsed events, each with one member; a malformed one is the last."""
@@ -2699,6 +2757,7 @@ class BlockStart:
     id: str = ""
     name: str = ""
     raw: Json | None = None  #: the upstream's block, if only its own dialect can express it
+    is_paragraph: bool = False  #: not the continuation of an earlier text
 
 
 @dataclass(slots=True)
@@ -4175,7 +4234,7 @@ def read_stream_error(value: Any) -> ApiError:
 # 8.2 OpenAI chat completions
 
 
-CallKey = tuple[int, int] | str  # identifies a call within a response
+CallKey = tuple[int, ...] | str  # identifies a call within a response
 MAX_FAILED_PARSES = 8  # of one call's growing arguments; bounds the work
 
 
@@ -4194,9 +4253,18 @@ class StreamedCall:
     parsed_count: int = 0  #: number of pieces when they were last parsed
     is_object: bool = False  #: whether these were a JSON object
     failed_parses: int = 0
+    index: int = 0
+    guard: RunawayGuard = field(default_factory=RunawayGuard)
+
+    def add(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            self.is_blank = self.is_blank and text.isspace()
 
     def is_object_complete(self) -> bool:
         """Whether the arguments are a complete JSON object."""
+        if self.pieces and self.pieces[-1].rstrip()[-1:] not in ("}", ""):
+            return False
         if self.parsed_count != len(self.pieces):
             self.parsed_count = len(self.pieces)
             self.is_object = load_object("".join(self.pieces)) is not None
@@ -4262,9 +4330,9 @@ class BlockAssembler:
         if name and not call.name:
             call.name = name
             self.unopened.append(call)
-        if text:
-            call.pieces.append(text)
-            call.is_blank = call.is_blank and text.isspace()
+        # Kiro may repeat the complete arguments in the last fragment.
+        if not (call.complete or (is_last and text and call.is_object_complete())):
+            call.add(text)
         if call is self.call and not is_last:
             self.send_arguments(call)
             return
@@ -4340,6 +4408,61 @@ class BlockAssembler:
                 self.close()
         self.release_text()
         self.close()
+
+
+@dataclass(slots=True)
+class ChatCalls:
+    """Tells which call of a chat response a fragment belongs to.
+
+    Parallel calls may all have index 0, and ids that are empty or the same (Gemini at Copilot,
+    seen in 2026-11); other services repeat id and name in each fragment of a call.
+    """
+
+    calls: dict[CallKey, StreamedCall]  #: the caller adds the call of each key that it gets
+    keys: dict[tuple[int, int | str], CallKey] = field(default_factory=dict)  #: by index, or id
+    ids: dict[CallKey, str] = field(default_factory=dict)  #: as the upstream told them
+
+    def read(self, choice: Json, fragment: Json, position: int) -> tuple[CallKey, str, str, str]:
+        """(key, id, name, arguments) of a fragment, "" for what is missing or a repetition.
+
+        The first call at an index has (index of the choice, index of the call) as its key.
+        """
+        function = get_dict(fragment, "function")
+        call_id, name = get_text(fragment, "id"), get_text(function, "name")
+        arguments, text = function.get("arguments"), get_text(function, "arguments")
+        text = dump_text(arguments) if isinstance(arguments, dict) else text
+        choice_index, index = choice.get("index"), fragment.get("index")
+        choice_index = choice_index if isinstance(choice_index, int) else 0
+        place = choice_index, index if isinstance(index, int) else position
+        key, known = self.keys.get(place), self.keys.get((choice_index, call_id))
+        if known and (known[:2] == place or not name or not isinstance(index, int)):
+            key = known
+        if key is None or self.begins_call(key, call_id, name, text):
+            key = place if key is None else (*place, len(self.calls))
+            call_id = "" if known else call_id
+        elif call_id and name and text and self.is_whole(key, text):
+            text = ""
+        self.keys[place] = key
+        if call_id:
+            self.keys[choice_index, call_id] = key
+            self.ids.setdefault(key, call_id)
+        return key, call_id, name, text
+
+    def is_whole(self, key: CallKey, text: str) -> bool:
+        """Whether `text` begins an object although the arguments are complete."""
+        return text.lstrip()[:1] == "{" and self.calls[key].can_close()
+
+    def begins_call(self, key: CallKey, call_id: str, name: str, text: str) -> bool:
+        """Whether a fragment at the place of the call `key` begins another call."""
+        call, known_id = self.calls[key], self.ids.get(key, "")
+        is_other = bool(call_id and known_id and call_id != known_id)
+        if call.is_blank or (is_other and name):
+            return bool(name) and (is_other or name != (call.name or name))
+        if not name or not call_id or call_id != known_id:
+            return (bool(name) or is_other) and call.can_close()
+        if not self.is_whole(key, text):
+            return False
+        return name != call.name or load_object(text) != load_object("".join(call.pieces))
 
 
 CHAT_STOP_REASONS = {
@@ -4662,11 +4785,15 @@ class ChatReader:
 
     context: ResponseContext
     blocks: BlockAssembler = field(default_factory=lambda: BlockAssembler(CHAT_ENVELOPE))
+    calls: ChatCalls = field(init=False)
     usage: Usage = field(default_factory=Usage)
     reasoning: list[str] = field(default_factory=list)
     opaque: str = ""
     finish_reason: str = ""
     started: bool = False
+
+    def __post_init__(self) -> None:
+        self.calls = ChatCalls(self.blocks.calls)
 
     def read(self, frame: Json) -> list[Event]:
         if frame.get("error"):
@@ -4701,15 +4828,7 @@ class ChatReader:
         if get_dict(delta, "function_call"):
             fragments = [{"function": delta["function_call"]}]
         for position, fragment in enumerate(fragments):
-            function = get_dict(fragment, "function")
-            arguments = function.get("arguments")
-            if isinstance(arguments, dict):
-                arguments = dump_text(arguments)
-            elif not isinstance(arguments, str):
-                arguments = ""
-            call_id, name = get_text(fragment, "id"), get_text(function, "name")
-            key = call_key(choice, fragment, position)
-            self.blocks.add_call(key, call_id, name, arguments, is_last=False)
+            self.blocks.add_call(*self.calls.read(choice, fragment, position), is_last=False)
         finish_reason = get_text(choice, "finish_reason")
         if finish_reason and self.finish_reason != "tool_calls":
             self.finish_reason = finish_reason
@@ -4742,15 +4861,6 @@ class ChatReader:
         return blocks.take()
 
 
-def call_key(choice: Json, fragment: Json, position: int) -> tuple[int, int]:
-    """(index of the choice, index of the call in it); either may be missing."""
-    choice_index, call_index = choice.get("index"), fragment.get("index")
-    return (
-        choice_index if isinstance(choice_index, int) else 0,
-        call_index if isinstance(call_index, int) else position,
-    )
-
-
 def chunk_base(context: ResponseContext, chunk_id: str, created: int) -> Json:
     """The fields that all chunks of a response share."""
     chunk_type = "chat.completion.chunk"
@@ -4772,6 +4882,8 @@ class ChatWriter(Writer):
         self.call_index = -1
         self.block_kind = ""
         self.has_empty_call = False
+        self.sent_kinds: set[str] = set()  # of blocks with text
+        self.separator = ""  # before the text of the open block
 
     def write(self, event: Event) -> list[Json]:
         """Signatures and citations cannot be expressed in this dialect."""
@@ -4781,11 +4893,15 @@ class ChatWriter(Writer):
                 self.has_empty_call = False
                 delta = self.call_delta({"arguments": event.text})
             elif self.block_kind in self.FIELDS and event.part == "text":
-                delta = {self.FIELDS[self.block_kind]: event.text}
+                delta = {self.FIELDS[self.block_kind]: self.separator + event.text}
+                self.separator = ""
+                self.sent_kinds.add(self.block_kind)
         elif isinstance(event, MessageStart):
             delta = {"role": "assistant", "content": ""}
         elif isinstance(event, BlockStart):
             self.block_kind = event.kind
+            is_next = event.is_paragraph and event.kind in self.sent_kinds
+            self.separator = "\n\n" if is_next else ""
             self.has_empty_call = event.kind == "tool"
             if self.has_empty_call:
                 self.call_index += 1
@@ -4877,10 +4993,8 @@ class ChatRelay:
     base: Json = field(default_factory=dict)  #: the fields that all chunks share
     opened: set[int] = field(default_factory=set)  #: choices whose role was sent
     finish_reasons: dict[int, str] = field(default_factory=dict)  #: per choice
-    call_indexes: dict[tuple[int, int], int] = field(default_factory=dict)
-    call_ids: list[str] = field(default_factory=list)
-    guards: list[RunawayGuard] = field(default_factory=list)  #: per call
-    guard: RunawayGuard = field(default_factory=RunawayGuard)  #: of the call that grew last
+    calls: ChatCalls = field(default_factory=lambda: ChatCalls({}))
+    call: StreamedCall | None = None  #: the one that grew last
     usage_frame: Json | None = None
     reasoning: list[str] = field(default_factory=list)
     opaque: str = ""
@@ -4941,8 +5055,7 @@ class ChatRelay:
         if isinstance(delta.get("tool_calls"), list):
             fragments = enumerate(get_dicts(delta, "tool_calls"))
             delta["tool_calls"] = [
-                self.repair_call(fragment, call_key(choice, fragment, position))
-                for position, fragment in fragments
+                self.repair_call(choice, fragment, position) for position, fragment in fragments
             ]
         else:
             delta.pop("tool_calls", None)
@@ -4956,33 +5069,30 @@ class ChatRelay:
             self.opened.add(index)
         return {**choice, "index": index, "delta": delta, "finish_reason": None}
 
-    def repair_call(self, call: Json, key: tuple[int, int]) -> Json:
+    def repair_call(self, choice: Json, fragment: Json, position: int) -> Json:
         """A fragment with a dense index; id, type and name only in the first one of each call."""
-        function = get_dict(call, "function")
-        arguments = function.get("arguments") or ""
-        if isinstance(arguments, dict):
-            arguments = dump_text(arguments)
-        index = self.call_indexes.setdefault(key, len(self.guards))
-        is_first = index == len(self.guards)
+        key, call_id, name, arguments = self.calls.read(choice, fragment, position)
+        calls = self.calls.calls
+        is_first = key not in calls
         if is_first:
-            self.guards.append(RunawayGuard())
-        self.guard = self.guards[index]
-        self.guard.check(str(arguments))
-        self.output_estimate += self.context.estimate(str(arguments))
+            call_id = call_id or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
+            calls[key] = StreamedCall(key, call_id, name, index=len(calls))
+        self.call = call = calls[key]
+        call.guard.check(arguments)
+        call.add(arguments)
+        self.output_estimate += self.context.estimate(name + arguments if is_first else arguments)
         if not is_first:
-            return {"index": index, "function": {"arguments": arguments}}
-        name = str(function.get("name") or "")
-        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
-        self.call_ids.append(str(call_id))
-        self.output_estimate += self.context.estimate(name)
+            return {"index": call.index, "function": {"arguments": arguments}}
         function = {"name": self.context.names.get(name, name), "arguments": arguments}
-        first_fields = {"index": index, "id": call_id, "type": "function", "function": function}
-        extra = {key: value for key, value in call.items() if key not in first_fields}
+        first_fields = {"index": call.index, "id": call.id, "type": "function"}
+        first_fields["function"] = function
+        extra = {key: value for key, value in fragment.items() if key not in first_fields}
         return {**extra, **first_fields}
 
     def track(self, kind: str, text: str) -> None:
-        if kind == "arguments":
-            self.guard.check(text)
+        if kind == "arguments" and self.call:
+            self.call.guard.check(text)
+            self.call.add(text)
         elif kind == "thinking":
             self.reasoning.append(text)
         self.output_estimate += self.context.estimate(text)
@@ -4993,12 +5103,13 @@ class ChatRelay:
         if not self.finish_reasons:
             raise UpstreamError(TRUNCATED_RESPONSE)
         self.finished = True
-        self.context.keep_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
+        call_ids = [call.id for call in self.calls.calls.values()]
+        self.context.keep_reasoning(call_ids, "".join(self.reasoning), self.opaque)
         frames = self.open_choices(self.base, self.finish_reasons.keys() - self.opened)
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_STOP_REASONS:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
-            if self.call_indexes and finish_reason == "stop":
+            if self.calls.calls and finish_reason == "stop":
                 finish_reason = "tool_calls"
             frames.append({**self.base, "choices": [chunk_choice({}, finish_reason, index)]})
         if self.context.include_usage:
@@ -5391,8 +5502,9 @@ def unfold_message(message: Json) -> list[Json]:
     if message.get("stop_reason"):
         keys = ("stop_reason", "stop_sequence", "stop_details")
         delta = {key: message.get(key) for key in keys if key in message or key != keys[2]}
-        usage = {key: message[key] for key in ("usage", "copilot_usage") if key in message}
-        frames.append({"type": "message_delta", "delta": delta, **usage})
+        frame: Json = {"type": "message_delta", "delta": delta}
+        frame.update((key, message[key]) for key in ("usage", "copilot_usage") if key in message)
+        frames.append(frame)
     return frames
 
 
@@ -6292,7 +6404,7 @@ class OutputItem:
         if self.open_block != block_kind:
             self.end_text()
             self.open_block = block_kind
-            self.events.append(BlockStart(block_kind))
+            self.events.append(BlockStart(block_kind, is_paragraph=not self.pieces))
         self.pieces.append(text)
         self.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
 
@@ -6481,8 +6593,21 @@ def expand_part(position: Json, index: int, part: Json) -> list[Json]:
     return [{"type": frame["type"], **position, index_key: index, **frame} for frame in frames]
 
 
+def mark_if_cut(item: Json, arguments: Any, is_last: bool) -> bool:
+    """Gives an item that was cut its status; `is_last`: of a response that is incomplete."""
+    is_cut = is_last or item.get("status") == "incomplete"
+    if isinstance(arguments, str) and (is_last or arguments.lstrip()[:1] == "{"):
+        is_cut = load_object(arguments) is None
+    if is_cut:
+        item["status"] = "incomplete"
+    return is_cut
+
+
 def expand_item(index: int, item: Json) -> list[Json]:
-    """The frames of one item: clients read text and arguments from deltas only."""
+    """The frames of one item: clients read text and arguments from deltas only.
+
+    Nothing says that the arguments of a call that was cut are done.
+    """
     position = {"item_id": item.get("id"), "output_index": index}
     opened_item = {**item, "status": "in_progress"}
     frames: list[Json] = []
@@ -6501,7 +6626,7 @@ def expand_item(index: int, item: Json) -> list[Json]:
             frames += [
                 {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
                 {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
-            ]
+            ][: 1 if item.get("status") == "incomplete" else 2]
     return [
         {"type": "response.output_item.added", "output_index": index, "item": opened_item},
         *frames,
@@ -6524,6 +6649,7 @@ class ResponsesWriter:
         self.pieces: list[str] = []
         self.signature: list[str] = []
         self.sent_count = 0  # how many frames of the item need not be sent when it is complete
+        self.is_ended = False  # the item, but not yet sent: the response may end as incomplete
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
@@ -6532,13 +6658,11 @@ class ResponsesWriter:
             created = response_frame(self.context, "created")
             return [created, {**created, "type": "response.in_progress"}]
         if isinstance(event, BlockStart):
+            frames = self.end_item()
             self.kind, self.pieces, self.signature = event.kind, [], []
-            return self.open_item(event) if event.kind != "opaque" else []
-        if isinstance(event, BlockStop) and self.kind != "opaque":
-            self.complete_item("".join(self.pieces))
-            frames = expand_item(len(self.output), self.item)[self.sent_count :]
-            self.output.append(self.item)
-            return frames
+            return frames + (self.open_item(event) if event.kind != "opaque" else [])
+        if isinstance(event, BlockStop):
+            self.is_ended = self.kind != "opaque"
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
         return self.write_stop(event) if isinstance(event, MessageStop) else []
@@ -6598,6 +6722,23 @@ class ResponsesWriter:
     def track(self, kind: str, text: str) -> None:
         self.pieces.append(text)
 
+    def end_item(self, reason: str | None = "") -> list[Json]:
+        """The last frames of an item that has ended.
+
+        `reason`: why its response is incomplete, None if it is complete, "" if it goes on.
+        """
+        if not self.is_ended:
+            return []
+        self.is_ended, text = False, "".join(self.pieces)
+        self.complete_item(text)
+        arguments = text if self.kind == "tool" else None
+        is_cut = reason is not None and mark_if_cut(self.item, arguments, bool(reason))
+        if is_cut and not text and self.item["type"] == "function_call":
+            self.item["arguments"] = ""
+        frames = expand_item(len(self.output), self.item)[self.sent_count :]
+        self.output.append(self.item)
+        return frames
+
     def complete_item(self, text: str) -> None:
         item, kind = self.item, self.item["type"]
         if kind == "reasoning":
@@ -6622,12 +6763,15 @@ class ResponsesWriter:
 
     def write_stop(self, event: MessageStop) -> list[Json]:
         reason = INCOMPLETE_REASONS.get(event.reason)
-        frames: list[Json] = []
         explanation = get_text(event.details or {}, "explanation")
         if event.reason == "filter" and explanation:
-            steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
-            frames = [frame for step in steps for frame in self.write(step)]
             reason = None
+        frames = self.end_item(reason)
+        if any(item.get("status") == "incomplete" for item in self.output):
+            reason = reason or "max_output_tokens"
+        if event.reason == "filter" and explanation:
+            steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
+            frames += [frame for step in steps for frame in self.write(step)] + self.end_item()
         members: Json = {"output": self.output, "usage": write_usage(self.usage, RESPONSES_USAGE)}
         if reason:
             members["incomplete_details"] = {"reason": reason}
@@ -6653,6 +6797,7 @@ class ResponsesRelay:
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.guard = RunawayGuard()  # of the item that grew last
         self.started = False
+        self.held: list[Json] = []  # that end an item: the response may end as incomplete
 
     def repair(self, frame: Json) -> list[Json]:
         kind = str(frame.get("type") or "")
@@ -6676,11 +6821,28 @@ class ResponsesRelay:
         if isinstance(response, dict):
             self.repair_response(response)
             if self.finished:
+                if kind == "response.completed" and response.get("status") == "incomplete":
+                    frame["type"] = "response.incomplete"
                 read_usage(response, RESPONSES_USAGE, self.usage)
                 read_copilot_usage(frame, self.usage)
         elif self.finished:
             raise UpstreamError(PROTOCOL_VIOLATION)
-        return [*frames, frame]
+        if kind.endswith(".done"):
+            self.held += [*frames, frame]
+            return []
+        return [*self.release(frame.get("type") == "response.incomplete"), *frames, frame]
+
+    def release(self, is_incomplete: bool) -> list[Json]:
+        """The held frames, without those that tell cut arguments as done."""
+        frames, self.held = self.held, []
+        items = [(str(frame.get("output_index")), get_dict(frame, "item")) for frame in frames]
+        cut = {
+            index
+            for index, item in items
+            if item and mark_if_cut(item, item.get("arguments"), is_incomplete)
+        }
+        done = {kind.replace(".delta", ".done") for kind in CALL_DELTAS}
+        return [f for f in frames if f["type"] not in done or str(f.get("output_index")) not in cut]
 
     def repair_item_frame(self, kind: str, index: int, frame: Json) -> list[Json]:
         """Repairs ids and names; returns the deltas of a summary that came only with its item."""
@@ -6729,9 +6891,15 @@ class ResponsesRelay:
         output = response.get("output")
         if self.finished and not output:  # its items may have been streamed before
             response["output"] = output = [item for _, item in sorted(self.done_items.items())]
-        for index, item in enumerate(output if isinstance(output, list) else ()):
+        status, items = response.get("status"), output if isinstance(output, list) else []
+        for index, item in enumerate(items):
             if isinstance(item, dict):
                 self.rename(item, "id", index)
+                is_last = status == "incomplete" and item is items[-1]
+                is_cut = self.finished and mark_if_cut(item, item.get("arguments"), is_last)
+                if is_cut and status == "completed":  # a call that was cut must not be run
+                    response["status"] = "incomplete"
+                    response["incomplete_details"] = {"reason": "max_output_tokens"}
                 # Encrypted content is reliable only in the last frame of its item.
                 encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
                 item.update({"encrypted_content": encrypted} if encrypted else {})
@@ -7812,6 +7980,7 @@ class StreamTranslator:
     stream: bool
     request_id: str
     framing: Framing = field(init=False)
+    pairs: PairJoiner = field(init=False)
     relay: Relay = field(init=False)
     may_copy: bool = field(init=False)  #: text deltas, without parsing each
     frames: list[Json] = field(default_factory=list)  #: without `stream`
@@ -7826,7 +7995,7 @@ class StreamTranslator:
 
     def __post_init__(self) -> None:
         upstream, client, context = self.upstream, self.client, self.context
-        self.framing = upstream.framing()
+        self.framing, self.pairs = upstream.framing(), PairJoiner()
         self.may_copy = self.stream and not context.stop_strings
         is_changed = context.stop_strings or context.legacy_functions or context.rewritten
         if upstream is not client or is_changed:
@@ -7897,10 +8066,10 @@ class StreamTranslator:
         """Parses and relays complete events; the last one may give a new template."""
         self.unused_templates += self.template is not None
         self.template = None
-        frames = self.framing.frames(blocks)
+        frames = self.pairs.join(blocks, self.framing.frames(blocks))
         # Seldom where each event differs in more than its text.
         is_likely = self.unused_templates < 4 or not self.frame_count % 8
-        may_copy = frames and self.may_copy and is_likely
+        may_copy = frames and self.may_copy and is_likely and not self.pairs.held
         delta = self.upstream.read_delta(frames[-1]) if may_copy else None
         frame = self.relay_frames(frames)
         if not delta or self.is_finished or self.frame_count < 2:
@@ -7933,7 +8102,7 @@ class StreamTranslator:
         try:
             if error:
                 raise error
-            self.relay_frames(self.framing.last_frames())
+            self.relay_frames(self.pairs.release() + self.framing.last_frames())
             if not self.is_finished:
                 self.send(self.relay.end())
         except ApiError as failure:

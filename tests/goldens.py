@@ -554,8 +554,9 @@ class ResponsesGrammar:
         assert (said["id"], said["type"]) == (item.id, item.type)
         assert (said.get("call_id"), said.get("name")) == (item.call_id, item.name)
         assert len(item.closed) == len(item.words), "a part is still open"
+        is_cut = said.get("status") == "incomplete"
         if item.type != "reasoning":
-            assert said["status"] == "completed" or self.native, said["status"]
+            assert is_cut or said["status"] == "completed" or self.native, said["status"]
         keys = {"message": ("content", "content_index"), "reasoning": ("summary", "summary_index")}
         if item.type in keys:
             key, index = keys[item.type]
@@ -563,9 +564,10 @@ class ResponsesGrammar:
             assert untold or said[key] == item.parts[index], "the parts are not the item's"
         if item.type == "function_call":
             untold = self.native and item.arguments is None
-            assert untold or (said["arguments"] == item.arguments and item.is_told)
+            assert untold or said["arguments"] == item.arguments
+            assert (untold and not is_cut) or item.is_told is not is_cut, "cut, and told as done"
         if item.type == "custom_tool_call":
-            assert self.native or (said["input"] == item.input and item.is_told)
+            assert self.native or (said["input"] == item.input and item.is_told is not is_cut)
         if item.type == "tool_search_call":
             assert isinstance(said["arguments"], dict)
         item.done = said
@@ -580,6 +582,9 @@ class ResponsesGrammar:
             return
         assert response["error"] is None
         assert response["output"] == [item.done for item in self.items], "not the done items"
+        statuses = [item.get("status") for item in response["output"]]
+        assert status == "incomplete" or "incomplete" not in statuses, statuses
+        assert status == "completed" or self.native or "incomplete" in statuses[-1:] or not statuses
         reason = (response["incomplete_details"] or {}).get("reason")
         reasons = ("max_output_tokens", "content_filter") if status == "incomplete" else (None,)
         assert reason in reasons
