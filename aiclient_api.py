@@ -350,6 +350,8 @@ REASONING_MEMORY_ENTRIES = 500
 # price of one refused attempt: the service may have changed, or one client been odd.
 REJECTION_SECONDS = 3600.0
 MAX_BETAS = 32  # of one request; Claude Code sends 10
+MAX_OPENING_CHARS = 64  # of a code fence before structured output, with its language
+MAX_HELD_CHARS = 4 * KIB  # of white space and closing marks that may be the end of such output
 MAX_REJECTIONS = 64  # per model and dialect, whatever odd clients add
 MAX_REJECTION_SCOPES = 64  # pairs of model and dialect
 MAX_REJECTION_STEPS = 12  # in a path; the deepest known has 9
@@ -2700,6 +2702,7 @@ class Model:
     efforts: tuple[str, ...] = ()
     adaptive: bool = False
     budget: tuple[int, int] | None = None  #: (min, max) thinking tokens
+    structured: bool = False  #: can be given a JSON Schema for its output
     stops: int | None = None  #: how many stop strings it accepts; None = no known limit
     files: bool = False  #: accepts PDF parts in the chat dialect
     streaming: bool = True
@@ -3148,8 +3151,44 @@ def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str]
     return stops[:limit], stops[limit:]
 
 
+#: dialect -> (parent, key) of the fields that ask for structured output
+OUTPUT_FIELDS = {
+    "chat": (("", "response_format"),), "responses": (("text", "format"),),
+    "messages": (("output_config", "format"), ("", "output_format")),
+}  # fmt: skip
+
+
+def wanted_output(body: Json, dialect: str) -> OutputFormat | None:
+    for parent, key in OUTPUT_FIELDS[dialect]:
+        entry = dict_field(dict_field(body, parent) if parent else body, key, parent)
+        path = join_path(parent, key)
+        kind = word_field(entry, "type", ("text", "json_object", "json_schema"), path)
+        if kind == "json_object":
+            return OutputFormat(None)
+        if entry and kind != "text":
+            if dialect == "chat":
+                entry, path = dict_field(entry, "json_schema", path), f"{path}.json_schema"
+            return OutputFormat(
+                dict_field(entry, "schema", path),
+                str_field(entry, "name", path) or "structured_output",
+                bool_field(entry, "strict", path),
+                str_field(entry, "description", path) or "",
+            )
+    return None
+
+
+# The tool whose input is the structured output of models that have no field for a schema.
+OUTPUT_TOOL = "structured_output"
+
+
+def is_wrapped(output: OutputFormat) -> bool:
+    """Whether OUTPUT_TOOL takes the output as `value`, as the input of a tool is an object."""
+    schema = output.schema or {"type": "object"}
+    return "properties" not in schema and schema.get("type") != "object"
+
+
 def output_instruction(output: OutputFormat) -> str:
-    if output.schema is None:
+    if not output.schema:
         return "Reply with one JSON object and nothing else: no prose, no code fence."
     return (
         "Reply with one JSON value that is valid against this JSON Schema, and nothing else: "
@@ -3357,6 +3396,8 @@ class ResponseContext:
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
     rewritten: bool = False  #: converted even to its own dialect: some tools are not the client's
+    output: OutputFormat | None = None  #: structured output, if the upstream does not guarantee it
+    invalid_output: bool = False  #: the text should have been JSON
     hide_thinking: bool = False  #: send thinking blocks without their text
     stop_strings: list[str] = field(default_factory=list)  #: stop sequences that are enforced here
     multiple_choices: bool = False  #: n > 1: choices must not be merged
@@ -4612,16 +4653,6 @@ def read_chat_tools(body: Json, chat: Conversation) -> None:
     drop_server_tools(server_tools, len(chat.tools), "", chat.dropped)
 
 
-def read_json_schema(entry: Json, path: str) -> OutputFormat:
-    """OpenAI's `json_schema` output format, in both of its dialects."""
-    return OutputFormat(
-        dict_field(entry, "schema", path),
-        str_field(entry, "name", path) or "structured_output",
-        bool_field(entry, "strict", path),
-        str_field(entry, "description", path) or "",
-    )
-
-
 def read_chat_settings(body: Json, chat: Conversation) -> None:
     chat.parallel = bool_field(body, "parallel_tool_calls")
     chat.max_tokens = int_field(body, "max_completion_tokens")
@@ -4639,13 +4670,7 @@ def read_chat_settings(body: Json, chat: Conversation) -> None:
         chat.effort = word_field(reasoning, "effort", EFFORTS, "reasoning")
     if thinking.get("type") == "disabled":
         chat.effort = "none"
-    path = "response_format"
-    output = dict_field(body, path)
-    kind = word_field(output, "type", ("text", "json_object", "json_schema"), path)
-    if kind == "json_object":
-        chat.output = OutputFormat(None)
-    elif kind == "json_schema":
-        chat.output = read_json_schema(dict_field(output, kind, path), f"{path}.{kind}")
+    chat.output = wanted_output(body, "chat")
     for key in ("prompt_cache_key", "safety_identifier", "user"):
         chat.session = chat.session or str_field(body, key) or ""
 
@@ -5212,8 +5237,8 @@ FROM_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "
 TO_TOOL_CHOICE = {ours: word for word, ours in FROM_TOOL_CHOICE.items()}
 MESSAGES_FIELDS = field_table({
     ("keep", "keep"): "model messages system max_tokens stream stop_sequences temperature top_p "
-    "top_k tools tool_choice thinking output_config output_format",
-    ("keep", "silent"): "metadata",  # the user's device ids
+    "top_k tools tool_choice thinking output_config",
+    ("keep", "silent"): "metadata output_format",  # the user's device ids; see adapt_output
     ("silent", "keep"): "cache_control",
     ("drop", "keep"): "context_management",
     ("refuse", "drop"): "container mcp_servers",
@@ -5281,10 +5306,7 @@ def read_messages_request(body: Json) -> Conversation:
     elif thinking.get("type") == "enabled" and budget_tokens > 0:
         chat.thinking_budget = budget_tokens
         chat.effort = chat.effort or effort_of_budget(budget_tokens)
-    output_format = output_config.get("format") or body.get("output_format")
-    if output_format is not None:
-        entry = need_dict(output_format, "output_config.format")
-        chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
+    chat.output = wanted_output(body, "messages")
     chat.name_tools()
     return chat
 
@@ -5392,10 +5414,8 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     limit = model.max_output or DEFAULT_MAX_TOKENS
     max_tokens = min(chat.max_tokens or min(limit, DEFAULT_MAX_TOKENS), limit)
     body: Json = {"model": model.id, "max_tokens": max_tokens, "messages": messages}
-    system = [block.text for block in chat.system]
-    system += [output_instruction(chat.output)] if chat.output else []
-    if system:
-        body["system"] = [{"type": "text", "text": text} for text in system]
+    if chat.system:
+        body["system"] = [{"type": "text", "text": block.text} for block in chat.system]
     stops = [stop for stop in chat.stop if stop.strip()]
     if stops:
         body["stop_sequences"] = stops
@@ -5404,6 +5424,10 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     if chat.session:
         body["metadata"] = {"user_id": short_hash(chat.session, 32)}
     body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
+    if chat.output:
+        kind = write_response_format(chat.output)["type"]
+        output_format = without_nulls({"type": kind, "schema": chat.output.schema})
+        body["output_config"] = {**body.get("output_config", {}), "format": output_format}
     if chat.temperature is not None:
         body["temperature"] = min(chat.temperature, 1)
     body.update(without_nulls({"top_p": chat.top_p, "top_k": chat.top_k}))
@@ -6199,13 +6223,8 @@ class ResponsesRequestReader:
         chat.parallel = bool_field(body, "parallel_tool_calls")
         chat.session = str_field(body, "prompt_cache_key") or ""
         chat.effort = word_field(dict_field(body, "reasoning"), "effort", EFFORTS, "reasoning")
-        text = dict_field(body, "text")
-        chat.verbosity = str_field(text, "verbosity", "text")
-        text_format = dict_field(text, "format", "text")
-        if text_format.get("type") == "json_object":
-            chat.output = OutputFormat(None)
-        elif text_format.get("type") == "json_schema":
-            chat.output = read_json_schema(text_format, "text.format")
+        chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
+        chat.output = wanted_output(body, "responses")
         chat.dropped += split_fields(body, RESPONSES_FIELDS)[1]
 
 
@@ -7721,6 +7740,84 @@ UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
 # 8.6 translating one response
 
 
+# What may surround structured output in text, or in a call: how it begins, with what, and its end.
+FENCE = re.compile(r"```[\w-]*[ \t]*(?:\r?\n\s*|(?=[\[{\"]))"), "`", "```"
+WRAPPER = re.compile(r'\{\s*"value"\s*:\s*'), "{", "}"
+
+
+class OutputFilter:
+    """Structured output: the input of OUTPUT_TOOL becomes text, and text loses its code fence."""
+
+    def __init__(self, context: ResponseContext, output: OutputFormat) -> None:
+        self.context = context
+        self.is_wrapped = is_wrapped(output)
+        client_tools = map(wire_name, tool_names(context.request_body))
+        self.tool = "" if OUTPUT_TOOL in client_tools else OUTPUT_TOOL
+        self.kind = ""  #: of the open block: text, call (of OUTPUT_TOOL), skipped, or "" for others
+        self.closing: str | None = None  #: None until it is known what surrounds the output
+        self.held_text = ""
+        self.sent: list[str] = []
+        self.has_calls = False  #: of the client's tools
+
+    def take(self, event: Event) -> list[Event]:
+        if isinstance(event, BlockStart):
+            return self.start_block(event)
+        if isinstance(event, MessageStop):
+            return [self.finish(event)]
+        if not self.kind or not isinstance(event, (BlockDelta, BlockStop)):
+            return [event]
+        if self.kind == "skipped":
+            return []
+        if isinstance(event, BlockDelta):
+            return self.send(self.held_text + event.text)
+        return [*self.send(self.held_text, is_last=True), event]
+
+    def start_block(self, event: BlockStart) -> list[Event]:
+        self.kind = "text" if event.kind == "text" else ""
+        self.closing, self.held_text = None, ""
+        if event.kind != "tool":
+            return [event]
+        if event.name != self.tool:
+            self.has_calls = True
+            return [event]
+        self.kind = "skipped" if self.sent else "call"
+        self.closing = None if self.is_wrapped else ""
+        return [] if self.sent else [BlockStart("text")]
+
+    def send(self, text: str, is_last: bool = False) -> list[Event]:
+        if self.closing is None:
+            opening, mark, closing = FENCE if self.kind == "text" else WRAPPER
+            text = text.lstrip()
+            match = opening.match(text)
+            is_open = mark.startswith(text[:1]) and len(text) < MAX_OPENING_CHARS
+            if not match and is_open and not is_last:
+                self.held_text = text
+                return []
+            self.closing = closing if match else ""
+            text = text[match.end() :] if match else text
+        if self.closing:
+            end = text.find("\n```") if self.kind == "text" else -1
+            text = text[: end + 4] if end >= 0 else text  # no JSON has that inside
+            kept = len(text.rstrip(self.closing + JSON_WHITESPACE))
+            kept = max(kept, len(text) - MAX_HELD_CHARS)
+            text, self.held_text = text[:kept], text[kept:]
+            if is_last:
+                text += self.held_text.rpartition(self.closing)[0].rstrip()
+        self.sent += [text] if text else []
+        return [BlockDelta("text", text)] if text else []
+
+    def finish(self, event: MessageStop) -> MessageStop:
+        if self.has_calls or event.reason not in ("end", "tool"):
+            return event
+        text = "".join(self.sent)
+        try:
+            if not has_too_many_values(text):
+                load_json(text)
+        except ValueError:
+            self.context.invalid_output = True
+        return replace(event, reason="end")
+
+
 @dataclass(slots=True)
 class Converter:
     """A Relay between two dialects: frames -> events -> checks and filters -> frames."""
@@ -7728,7 +7825,7 @@ class Converter:
     reader: Reader
     writer: Writer
     context: ResponseContext
-    cutter: StopCutter | None = None
+    filters: list[OutputFilter | StopCutter] = field(default_factory=list)
     state: str = "new"  #: of EVENT_STATES
     guard: RunawayGuard = field(default_factory=RunawayGuard)  #: of the open call
     usage: Usage = field(default_factory=Usage)
@@ -7760,11 +7857,12 @@ class Converter:
         self.writer.track(kind, text)
 
     def write(self, events: list[Event]) -> list[Json]:
+        for event_filter in self.filters:
+            events = [item for event in events for item in event_filter.take(event)]
         frames = []
         for event in events:
-            for item in self.cutter.take(event) if self.cutter else (event,):
-                if self.state != "complete":
-                    frames += self.write_event(item)
+            if self.state != "complete":
+                frames += self.write_event(event)
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
@@ -7996,12 +8094,15 @@ class StreamTranslator:
     def __post_init__(self) -> None:
         upstream, client, context = self.upstream, self.client, self.context
         self.framing, self.pairs = upstream.framing(), PairJoiner()
-        self.may_copy = self.stream and not context.stop_strings
-        is_changed = context.stop_strings or context.legacy_functions or context.rewritten
-        if upstream is not client or is_changed:
-            cutter = StopCutter(context.stop_strings) if context.stop_strings else None
+        filters: list[OutputFilter | StopCutter] = []
+        if context.output:
+            filters.append(OutputFilter(context, context.output))
+        if context.stop_strings:
+            filters.append(StopCutter(context.stop_strings))
+        self.may_copy = self.stream and not filters
+        if upstream is not client or filters or context.legacy_functions or context.rewritten:
             reader, writer = upstream.reader(context), client.writer(context)
-            self.relay = Converter(reader, writer, context, cutter)
+            self.relay = Converter(reader, writer, context, filters)
         else:
             self.relay = client.relay(context)
 
@@ -8218,6 +8319,7 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         efforts=tuple(e for e in efforts if e in EFFORTS) if isinstance(efforts, list) else (),
         adaptive=bool(supports.get("adaptive_thinking")),
         budget=(min_budget, max_budget) if max_budget else None,
+        structured=supports.get("structured_outputs") is True,
         stops=0 if REASONING_GPT.match(model_id) else None,
         streaming=supports.get("streaming", True) is not False,
         listed=is_picked and get_dict(entry, "policy").get("state", "enabled") == "enabled",
@@ -8552,7 +8654,8 @@ def as_parts(content: Any) -> list[Any]:
 
 
 #: kind of rejection -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
-#: (turns), "beta" (names), "field" (dotted paths, `*` for any list index)
+#: (turns), "beta" (names), "field" (dotted paths, `*` for any list index), "output" (the
+#: ways to structured output: "field", "tool")
 Rejections = Mapping[str, Collection[str]]
 
 
@@ -8588,6 +8691,8 @@ class BodyDraft:
     body: Json
     model: Model
     rejections: Rejections
+    dialect: str
+    output: OutputFormat | None  #: structured output that needs more than the client's field
     #: names of the fields left out
     dropped: list[str] = field(default_factory=list)
 
@@ -8773,24 +8878,12 @@ def adapt_messages_tools(draft: BodyDraft) -> None:
     draft.set_tools(tools)
 
 
-def inline_messages_format(draft: BodyDraft) -> None:
-    """Puts an output JSON schema into the prompt: Vertex backends refuse the field."""
-    body, path = draft.body, "output_config.format"
-    output_format = dict_field(body, "output_config").get("format") or body.get("output_format")
-    body.pop("output_format", None)
-    if output_format:
-        schema = dict_field(need_dict(output_format, path), "schema", path)
-        instruction = output_instruction(OutputFormat(schema))
-        body["system"] = [*as_parts(body.get("system")), text_part(instruction)]
-        draft.dropped.append(path)
-
-
 def adapt_thinking(draft: BodyDraft) -> None:
     """`thinking` in the form that the model takes: a budget within its limits, or adaptive."""
     body, model = draft.body, draft.model
     thinking, settings = dict_field(body, "thinking"), dict_field(body, "output_config")
     effort = str_field(settings, "effort", "output_config")
-    is_allowed = not is_forced(body.get("tool_choice") or {})
+    is_allowed = not is_forced(dict_field(body, "tool_choice"))
     kind = str_field(thinking, "type", "thinking") if is_allowed else None
     budget_refused = "thinking" in draft.rejections
     adaptive = model.adaptive or budget_refused
@@ -8832,6 +8925,81 @@ def adapt_effort(draft: BodyDraft) -> None:
     is_applied = "output_config" in body or "thinking" in body
     lost = [key for key in settings if key != "format" and not (key == "effort" and is_applied)]
     draft.dropped += [f"output_config.{key}" for key in lost if settings[key] is not None]
+
+
+#: dialect -> the tool choices that force OUTPUT_TOOL, and any tool
+OUTPUT_CHOICES: dict[str, tuple[Json, Any]] = {
+    "chat": ({"type": "function", "function": {"name": OUTPUT_TOOL}}, "required"),
+    "messages": ({"type": "tool", "name": OUTPUT_TOOL}, {"type": "any"}),
+}
+
+
+def output_tool(output: OutputFormat) -> Json:
+    """A tool of the messages dialect, which `adapt_chat_tools` takes as well."""
+    schema = output.schema or {"type": "object"}
+    if is_wrapped(output):
+        value = inline_refs(schema, MAX_TOOLS)
+        schema = {"type": "object", "properties": {"value": value}, "required": ["value"]}
+    description = "Gives your final answer to the user: the input of this tool is the answer."
+    return {"name": OUTPUT_TOOL, "description": description, "input_schema": schema}
+
+
+def can_force_output(draft: BodyDraft, output: OutputFormat) -> bool:
+    """Whether the model can be made to call OUTPUT_TOOL, or a tool of the client before it.
+
+    Claude refuses that beside thinking; Gemini sets only properties that the schema names.
+    """
+    body, vendor = draft.body, draft.model.vendor
+    thinks = get_dict(body, "thinking").get("type", "disabled") != "disabled"
+    thinks |= "thinking_budget" in body or body.get("reasoning_effort", "none") != "none"
+    choice = get_dict(body, "tool_choice").get("type") or body.get("tool_choice")
+    names = [wire_name(name) for name in tool_names(body)]
+    return (
+        not (thinks and vendor == "Anthropic")
+        and not (vendor == "Google" and not output.schema)
+        and "tool" not in draft.rejections.get("output", ())
+        and choice in (None, "auto", "none")
+        and OUTPUT_TOOL not in names
+        and len(names) < MAX_TOOLS
+    )
+
+
+def adapt_output(draft: BodyDraft) -> None:
+    """Structured output by the messages dialect's field, by a tool, or else in the prompt."""
+    body, model, output = draft.body, draft.model, draft.output
+    if output is None:
+        return
+    is_chat, is_refused = draft.dialect == "chat", "field" in draft.rejections.get("output", ())
+    if output.schema and model.structured and not (is_chat or is_refused or is_wrapped(output)):
+        schema = adapt_schema(output.schema, model.vendor)
+        # Claude demands that of each object.
+        schema = map_schema(
+            schema,
+            lambda value: (
+                {"additionalProperties": False, **value} if "properties" in value else value
+            ),
+        )
+        output_format = {"type": "json_schema", "schema": schema}
+        body["output_config"] = {**body.get("output_config", {}), "format": output_format}
+    elif can_force_output(draft, output):
+        named, required = OUTPUT_CHOICES[draft.dialect]
+        choice, tools = body.get("tool_choice"), body.get("tools") or []
+        if isinstance(choice, dict):
+            required = {**choice, **required}  # with disable_parallel_tool_use
+        is_free = tools and choice not in ("none", {"type": "none"})
+        body["tools"] = [*tools, output_tool(output)]
+        body["tool_choice"] = required if is_free else named
+    else:
+        instruction = output_instruction(output)
+        if is_chat:
+            messages = body["messages"]
+            if messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
+                instruction = f"{messages[0]['content']}\n\n{instruction}"
+                messages = messages[1:]
+            body["messages"] = [{"role": "system", "content": instruction}, *messages]
+        else:
+            body["system"] = [*as_parts(body.get("system")), text_part(instruction)]
+        draft.dropped.append("response_format" if is_chat else "output_config.format")
 
 
 def limit_cache_breakpoints(draft: BodyDraft) -> None:
@@ -8894,9 +9062,8 @@ def without_field(value: Any, steps: list[str]) -> Any:
 
 
 MESSAGES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    adapt_messages_fields, normalize_messages, adapt_messages_tools,
-    inline_messages_format, adapt_thinking, end_with_user, limit_cache_breakpoints,
-    strip_rejected_fields,
+    adapt_messages_fields, normalize_messages, adapt_thinking, adapt_output, adapt_messages_tools,
+    end_with_user, limit_cache_breakpoints, strip_rejected_fields,
 )  # fmt: skip
 
 # Clients echo fields of earlier responses; the upstream knows only these.
@@ -8909,12 +9076,19 @@ def is_openai(model: Model) -> bool:
     return "OpenAI" in model.vendor or (not model.vendor and not model.id.startswith("gemini"))
 
 
+def guarantees_output(dialect: str, model: Model) -> bool:
+    """Whether the dialect's field for structured output is enough."""
+    return dialect == "responses" or (dialect == "chat" and is_openai(model))
+
+
 def adapt_chat_fields(draft: BodyDraft) -> None:
     """Drops refused fields, caps the output, and asks for the usage of every stream."""
     model = draft.model
     if not is_openai(model) and (int_field(draft.body, "n") or 1) > 1:
         raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
     draft.drop_fields(CHAT_FIELDS)
+    if not is_openai(model):
+        draft.body.pop("response_format", None)  # see adapt_output
     body = draft.body = without_nulls(draft.body)
     max_tokens = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
     for key in ("max_completion_tokens", "max_tokens", "stream_options"):
@@ -9134,29 +9308,9 @@ def adapt_chat_reasoning(draft: BodyDraft) -> None:
         body.pop("stop", None)  # the gateway cuts instead
 
 
-def inline_response_format(draft: BodyDraft) -> None:
-    if is_openai(draft.model):
-        return
-    response_format = draft.body.pop("response_format", None)
-    if not response_format:
-        return
-    kind = need_dict(response_format, "response_format").get("type")
-    if kind == "text":
-        return
-    schema = get_dict(response_format, "json_schema").get("schema")
-    is_schema = kind == "json_schema" and isinstance(schema, dict)
-    instruction = output_instruction(OutputFormat(schema if is_schema else None))
-    messages = draft.body["messages"]
-    if messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
-        instruction = f"{messages[0]['content']}\n\n{instruction}"
-        messages = messages[1:]
-    draft.body["messages"] = [{"role": "system", "content": instruction}, *messages]
-    draft.dropped.append("response_format")
-
-
 CHAT_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    adapt_chat_fields, adapt_chat_messages, adapt_chat_tools, adapt_chat_reasoning,
-    inline_response_format, strip_rejected_fields,
+    adapt_chat_fields, adapt_chat_messages, adapt_chat_reasoning, adapt_output, adapt_chat_tools,
+    strip_rejected_fields,
 )  # fmt: skip
 CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
 
@@ -9421,7 +9575,10 @@ def sanitize_body(
     dialect: str, body: Json, model: Model, rejections: Rejections, streaming: bool
 ) -> BodyDraft:
     """A body as Copilot accepts it; raises InvalidRequest for what cannot be left out."""
-    draft = BodyDraft({**body, "model": model.id, "stream": streaming}, model, rejections)
+    output = None if guarantees_output(dialect, model) else wanted_output(body, dialect)
+    draft = BodyDraft(
+        {**body, "model": model.id, "stream": streaming}, model, rejections, dialect, output
+    )
     for rule in RULES[dialect]:
         rule(draft)
     return draft
@@ -9609,6 +9766,9 @@ def write_call(
 ) -> Call:
     """The upstream's body: `conversation` written, or without one the client's own body."""
     effort = implied_effort(request_info.model, model)
+    dialect = upstream_dialect.name
+    if not guarantees_output(dialect, model):
+        context.output = conversation.output if conversation else wanted_output(body, dialect)
     if conversation is None:
         received = body if isinstance(body, ReceivedBody) else None
         body = with_effort(body, upstream_dialect.name, effort) if effort else body
@@ -9869,6 +10029,8 @@ THINKING_REFUSED = re.compile(REFUSAL_OPENING + r"[\"'`]?thinking\.type\.enabled
 SYSTEM_REFUSED = re.compile(
     REFUSAL_OPENING + r"""(?:Unexpected role "system"|role 'system' is not supported)"""
 )
+FORMAT_REFUSED = re.compile(REFUSAL_OPENING + r"(?:FAILED_PRECONDITION|output_config\.format)\b")
+CHOICE_REFUSED = re.compile(r".{0,80}?\btool_choice\b")
 EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not permitted")
 # OpenAI's words for the same, with paths like `tools[0].strict`.
 UNKNOWN_FIELD = re.compile(
@@ -9901,6 +10063,11 @@ def read_rejections(
     message: str, code: str, sent: Json, known: Rejections, sent_betas: Collection[str] = ()
 ) -> list[tuple[str, str]]:
     """What a refusal rejects, as (kind, name): only what was sent, without what is known."""
+    output_format = get_dict(get_dict(sent, "output_config"), "format")
+    if output_format and (code == "FAILED_PRECONDITION" or FORMAT_REFUSED.match(message)):
+        return [("output", "field")]
+    if CHOICE_REFUSED.match(message) and OUTPUT_TOOL in tool_names(sent):
+        return [("output", "tool")]
     paths = rejected_paths(message)
     if code == "invalid_request_body":  # names nothing: what the upstream may not know is suspect
         paths += [
@@ -18478,7 +18645,9 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """No credits on a stream: what it costs is not known yet."""
-        headers = response_headers(self.provider, self.call.model, self.call.dropped)
+        invalid = ["structured_output_invalid"] if self.translator.context.invalid_output else []
+        names = [*self.call.dropped, *invalid]
+        headers = response_headers(self.provider, self.call.model, names)
         record = self.request.usage_record
         if record is not None and record.usage.credits_source:
             headers["x-aiclient-credits"] = f"{record.usage.nano_credits / 1e9:.9g}"
@@ -18546,6 +18715,9 @@ class Exchange:
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
             return  # will be asked again in another dialect
+        if self.translator.context.invalid_output:
+            facts = {"id": self.request.id, "provider": self.provider.name, "model": call.model.id}
+            log_event("warning", "structured_output_invalid", **facts)
         if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
             self.provider.refused(call.model.id, failure)
         translator = self.translator

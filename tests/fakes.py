@@ -955,6 +955,24 @@ _ROLE_BLOCKS = {
 _ID = re.compile(r"[a-zA-Z0-9_-]+")
 
 
+def _check_output_format(wanted: Json) -> None:
+    """Claude takes a JSON schema whose objects are all closed."""
+    no_extras(wanted, {"type", "schema"}, "output_config.format.")
+    if wanted.get("type") != "json_schema" or not isinstance(wanted.get("schema"), dict):
+        raise anthropic("output_config.format: Input should be a json_schema")
+    if trouble := schema_trouble(wanted["schema"], items_needed=False):
+        raise anthropic(f"output_config.format.schema: {trouble} is not permitted")
+    pending: list[Any] = [wanted["schema"]]
+    while pending:
+        value = pending.pop()
+        is_object = isinstance(value, dict) and "properties" in value and "type" in value
+        if is_object and value.get("additionalProperties") is not False:
+            why = "For 'object' type, 'additionalProperties' must be explicitly set to false"
+            raise anthropic(f"output_config.format.schema: {why}")
+        if isinstance(value, (dict, list)):
+            pending += value.values() if isinstance(value, dict) else value
+
+
 def _check_messages_limits(body: Json, model: Json) -> None:
     most = body.get("max_tokens")
     if not isinstance(most, int) or most < 1:
@@ -968,11 +986,13 @@ def _check_messages_limits(body: Json, model: Json) -> None:
         if not sequence.strip():
             raise anthropic("stop_sequences: each stop sequence must contain non-whitespace")
     config = body.get("output_config", {})
-    if "format" in config:
+    if "format" in config and not supports(model, "structured_outputs"):
         raise anthropic(
             "FAILED_PRECONDITION: structured outputs are not allowed by the organization policy"
         )
-    no_extras(config, {"effort"}, "output_config.")
+    no_extras(config, {"effort", "format"}, "output_config.")
+    if "format" in config:
+        _check_output_format(config["format"])
     if "effort" in config and config["effort"] not in (supports(model, "reasoning_effort") or ()):
         why = f"output_config.effort {config['effort']} is not supported by {model['id']}"
         raise capi(400, why, "invalid_reasoning_effort")

@@ -643,13 +643,20 @@ def test_a_tool_is_renamed_in_its_choice_and_its_history_alike() -> None:
 
 
 @pytest.mark.parametrize("place", ["output_config", "output_format"])
-def test_a_schema_for_the_answer_goes_into_the_prompt(place: str) -> None:
+@pytest.mark.parametrize("thinking", [None, BUDGET], ids=["plain", "thinking"])
+def test_a_schema_for_the_answer_becomes_a_tool_or_goes_into_the_prompt(
+    place: str, thinking: Json | None
+) -> None:
+    """Claude takes no forced choice beside thinking."""
     wanted = {"type": "json_schema", "schema": {"type": "object", "title": "MARK"}}
-    field = {"output_config": {"format": wanted}} if place == "output_config" else {place: wanted}
-    body = messages(system="Be kind.", **field)
+    fields = {"output_config": {"format": wanted}} if place == "output_config" else {place: wanted}
+    fields |= {"thinking": thinking} if thinking else {}
+    body = messages(system=[text("Be kind.")], **fields)
     assert body["system"][0] == text("Be kind.")
-    assert "MARK" in body["system"][1]["text"]
     assert not {"output_config", "output_format"} & set(body)
+    place = "system" if thinking else "tools"
+    assert [key for key in ("system", "tools") if "MARK" in str(body.get(key))] == [place]
+    assert thinking or body["tool_choice"] == {"type": "tool", "name": "structured_output"}
 
 
 THINKING_CASES: dict[str, tuple[str, Json, Json]] = {
@@ -1057,12 +1064,18 @@ def test_a_chat_tool_is_renamed_in_its_choice_too() -> None:
         ({"type": "text"}, None),
     ],
 )
-def test_a_response_format_becomes_words_for_other_vendors(wanted: Json, words: str | None) -> None:
+def test_a_response_format_becomes_a_tool_or_words_for_other_vendors(
+    wanted: Json, words: str | None
+) -> None:
     turns = [{"role": "system", "content": "Be kind."}, user("a")]
     body = chat(SONNET, messages=turns, response_format=wanted)
-    system = body["messages"][0]["content"]
-    assert system.startswith("Be kind.")
-    assert words is None or words in system
+    assert body["messages"] == turns
+    assert "response_format" not in body
+    assert ("structured_output" in str(body.get("tool_choice"))) is (words is not None)
+    assert words != "MARK" or words in str(body["tools"])
+    thinking = chat(SONNET, messages=turns, response_format=wanted, reasoning_effort="low")
+    assert "tools" not in thinking
+    assert words is None or words in thinking["messages"][0]["content"]
     assert chat("gpt-4.1", response_format=wanted)["response_format"] == wanted
 
 
