@@ -2243,10 +2243,9 @@ def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
 
 # What tells the texts of a stream apart, besides their keys.
 TEXT_INDEXES = ("type", "index", "output_index", "content_index", "summary_index", "toolUseId")
-TextPath = tuple[Any, ...]
 
 
-def find_texts(value: Any, path: TextPath = (), depth: int = 9) -> Iterator[tuple[TextPath, Json]]:
+def find_texts(value: Any, path: tuple[str, ...] = (), depth: int = 9) -> Iterator[Any]:
     """(path, the object that holds it) of each text in a frame; the path ends with its key."""
     if isinstance(value, dict):
         path = (*path, *(str(value.get(key)) for key in TEXT_INDEXES))
@@ -2266,7 +2265,7 @@ class PairJoiner:
     """
 
     held: list[Json] = field(default_factory=list)  #: frames
-    halves: dict[TextPath, Json] = field(default_factory=dict)  #: where a text ends with a half
+    halves: dict[Any, Json] = field(default_factory=dict)  #: path of a text -> what holds it
 
     def join(self, blocks: bytes, frames: list[Json]) -> list[Json]:
         """The frames of `blocks`, and those held before, as far as they are complete."""
@@ -4481,8 +4480,8 @@ class ChatCalls:
         if key is None or self.begins_call(key, call_id, name, text):
             key = place if key is None else (*place, len(self.calls))
             call_id = "" if known else call_id
-        elif call_id and name and text and self.is_whole(key, text):
-            text = ""
+        elif call_id and name and self.is_whole(key, text):
+            text = ""  # the arguments once more
         self.keys[place] = key
         if call_id:
             self.keys[choice_index, call_id] = key
@@ -6752,8 +6751,8 @@ class ResponsesWriter:
         self.complete_item(text)
         arguments = text if self.kind == "tool" else None
         is_cut = reason is not None and mark_if_cut(self.item, arguments, bool(reason))
-        if is_cut and not text and self.item["type"] == "function_call":
-            self.item["arguments"] = ""
+        if is_cut and self.item["type"] == "function_call":
+            self.item["arguments"] = text
         frames = expand_item(len(self.output), self.item)[self.sent_count :]
         self.output.append(self.item)
         return frames
