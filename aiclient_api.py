@@ -5525,9 +5525,8 @@ def unfold_message(message: Json) -> list[Json]:
     if message.get("stop_reason"):
         keys = ("stop_reason", "stop_sequence", "stop_details")
         delta = {key: message.get(key) for key in keys if key in message or key != keys[2]}
-        frame: Json = {"type": "message_delta", "delta": delta}
-        frame.update((key, message[key]) for key in ("usage", "copilot_usage") if key in message)
-        frames.append(frame)
+        usage: Json = {k: message[k] for k in ("usage", "copilot_usage") if k in message}
+        frames.append({"type": "message_delta", "delta": delta, **usage})
     return frames
 
 

@@ -489,6 +489,23 @@ def test_signatures_of_thoughts_return_over_two_tool_turns(
     assert fake.violations == []
 
 
+@STREAMED
+def test_thoughts_that_were_not_asked_for_return_unseen(thinking: Pair, stream: bool) -> None:
+    fake = thinking.fake
+    fake.calls.clear()
+    fake.issued.texts.clear()
+    body = asking("go", GEMINI, tools=[tool(MESSAGES)], stream=stream)
+    for step in range(2):
+        said = heard(thinking.post(MESSAGES, body))
+        assert said.thinking == ""
+        body = answered(MESSAGES, body, said, [f"result {step}"])
+    assert heard(thinking.post(MESSAGES, body)).text == "done"
+    replayed = json.dumps(fake.calls[-1].body)
+    assert list(fake.issued.texts.values()) == ["step 0", "step 1", "last"]
+    assert all(s in replayed for s, t in fake.issued.texts.items() if t != "last")
+    assert fake.violations == []
+
+
 def test_thinking_works_for_a_chat_caller_of_a_model_without_that_endpoint(thinking: Pair) -> None:
     body = asking("go", ONLY_MESSAGES, tools=[tool(CHAT)], reasoning_effort="high", stream=True)
     said = heard(thinking.post(CHAT, body))

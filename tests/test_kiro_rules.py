@@ -739,6 +739,19 @@ def test_a_thought_that_the_caller_sent_is_kept() -> None:
     assert body == written()
 
 
+def test_a_signature_that_comes_back_without_its_text_gets_it_back() -> None:
+    """A client that omits thinking never saw the text, and only both are accepted."""
+    body, memory = written(), gw.ReasoningMemory()
+    memory.store(["t1"], "hm", "EXAMPLE")
+    answer = body["conversationState"]["history"][1]["assistantResponseMessage"]
+    answer["reasoningContent"] = thought("", "EXAMPLE")
+    gw.attach_kiro_thinking(body, memory)
+    assert answer["reasoningContent"] == thought("hm", "EXAMPLE")
+    answer["reasoningContent"] = {"redactedContent": "EXAMPLE"}
+    gw.attach_kiro_thinking(body, memory)
+    assert answer["reasoningContent"] == {"redactedContent": "EXAMPLE"}
+
+
 def test_all_thoughts_are_stripped_at_once() -> None:
     """Trap 22: when one signature is refused; the rest stays as it is."""
     body = written()
