@@ -401,7 +401,6 @@ DEVICE_SLOWER_SECONDS = 5.0  # what slow_down adds: RFC 8628 section 3.5
 CALLBACK_SECONDS = 300.0  # for the browser's redirect; the portal itself waits for 10 minutes
 LOCK_SECONDS = 45.0  # another process's refresh takes KIRO_REFRESH_SECONDS at most
 LOCK_POLL_SECONDS = 0.05
-TOKEN_CACHE_SECONDS = 1.0  # between reads of a token file for display
 SAVE_RETRY_SECONDS = 30.0  # before a failed write of a token is retried
 CLOCK_JUMP_SECONDS = 30.0  # wall clock against monotonic: beyond this the machine has slept
 
@@ -13094,7 +13093,10 @@ def os_error_as(problem: str, error_class: type[ProgramError] = ProgramError) ->
 
 
 def open_regular(path: str, *flags: str) -> int:
-    """A descriptor of a regular file, without waiting for a FIFO's writer.  Raises OSError."""
+    """A descriptor of a regular file, to read unless `flags` say otherwise; raises OSError.
+
+    It never waits for a FIFO's writer.
+    """
     names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)
     fd = os.open(path, sum(getattr(os, name, 0) for name in names), 0o600)  # 0: Windows lacks it
     mode = os.fstat(fd).st_mode
@@ -13128,9 +13130,7 @@ def load_config_text(path: str) -> str:
     """The file with its line endings; "" if there is none.  Raises ConfigError."""
     with os_error_as(f"{path}: cannot be read", ConfigError):
         try:
-            with os.fdopen(
-                open_trusted(path, "O_RDONLY"), encoding="utf-8-sig", newline=""
-            ) as file:
+            with os.fdopen(open_trusted(path), encoding="utf-8-sig", newline="") as file:
                 return file.read()
         except FileNotFoundError:
             return ""
@@ -13149,7 +13149,7 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     path = paths.config_file
     config = read_config_text(load_config_text(path), path)
     if config.api_keys or any(map(is_secret_setting, config.origins)):
-        with os.fdopen(open_trusted(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_trusted(path), "rb") as file:
             make_private(file.fileno(), path, "config_file_with_secrets")
     ignored = apply_environment(config, environ)
     if ignored:
@@ -13198,16 +13198,14 @@ def is_in_place(path: str) -> bool:
 def write_in_place(path: str, data: bytes) -> None:
     """Overwrites a file that cannot be replaced; raises OSError.
 
-    A line goes to the end first, and then to the start: `read_private_object` finds the new one, or
-    if that was never complete the old one, wherever this was interrupted.
+    The data go to the end first, and then to the start: `read_private_object` finds the new line,
+    or if that was never complete the old one, wherever this was interrupted.
     """
     with os.fdopen(open_regular(path, "O_RDWR", "O_NOFOLLOW"), "r+b") as file:
         check_owner(path, os.fstat(file.fileno()))
         restrict_to_owner(file.fileno())
-        writes = [(0, data)]
-        if data.find(b"\n") == len(data) - 1:
-            writes.insert(0, (max(file.seek(0, os.SEEK_END), len(data)), b"\n" + data))
-        for offset, part in writes:
+        end = max(file.seek(0, os.SEEK_END), len(data))
+        for offset, part in ((end, b"\n" + data), (0, data)):
             file.seek(offset)
             file.write(part)
             file.flush()
@@ -13254,41 +13252,36 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
-def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
-    """Replaces the text by `edit(text)`, under a lock, unless that raises; raises ConfigError."""
+def edit_config(
+    paths: Paths, edit: Callable[[str], str], environ: dict[str, str] | None = None
+) -> None:
+    """Replaces the text by `edit(text)`, under a lock, unless that raises; raises ConfigError.
+
+    With `environ` the result must be valid.
+    """
     path = paths.config_file
-    try:
+    with os_error_as(f"{path}: cannot be written", ConfigError), contextlib.ExitStack() as stack:
         make_private_dir(paths.config_dir)
         folder_fd = os.open(paths.config_dir, os.O_RDONLY)
+        stack.callback(os.close, folder_fd)
+        if fcntl is not None:
+            fcntl.flock(folder_fd, fcntl.LOCK_EX)
+        text = edit(load_config_text(path))
+        if environ is not None:
+            config = read_config_text(text, path)
+            apply_environment(config, environ)
+            check_exposure(config)
         try:
-            if fcntl is not None:
-                fcntl.flock(folder_fd, fcntl.LOCK_EX)
-            text = edit(load_config_text(path))
             # Follows a symbolic link: dotfile managers make them.
             replace_file(os.path.realpath(path), text.encode())
-        finally:
-            os.close(folder_fd)
-    except UnicodeEncodeError:
-        raise ConfigError(f"{path}: a setting must be valid UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def check_edit(text: str, path: str, environ: dict[str, str]) -> str:
-    """Returns `text`, unless it raises ConfigError."""
-    config = read_config_text(text, path)
-    apply_environment(config, environ)
-    check_exposure(config)
-    return text
+        except UnicodeEncodeError:
+            raise ConfigError(f"{path}: a setting must be valid UTF-8") from None
 
 
 def change_config(paths: Paths, environ: dict[str, str], key: str, value: str | None) -> None:
     """Sets one key, or removes it; on ConfigError nothing has changed."""
     path = paths.config_file
-
-    edit_config(
-        paths, lambda text: check_edit(change_setting(text, path, key, value), path, environ)
-    )
+    edit_config(paths, lambda text: change_setting(text, path, key, value), environ)
 
 
 def no_provider(name: str, names: Iterable[str]) -> WrongUsage:
@@ -13344,7 +13337,7 @@ def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
     `quarantines`: renames a damaged file, and returns None.
     """
     try:
-        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+        with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
                 log_event("warning", "token_file_was_readable", path=path)
             value = read_private_object(file.read(MIB))
@@ -13412,8 +13405,6 @@ class TokenFile:
     #: changes not written yet: they must not be lost, as a rotated token is issued only once
     unsaved: Json = field(default_factory=dict)
     retry_save_at: float = 0.0  #: monotonic
-    #: of `peek`: (identity of the file, monotonic expiry, result)
-    peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[str]:
@@ -13449,7 +13440,7 @@ class TokenFile:
             self.unsaved = {}  # a newer file wins
             return True
         if time.monotonic() >= self.retry_save_at:
-            self.flush()
+            self.save({})
         return False
 
     def load(self) -> Json | None:
@@ -13464,23 +13455,11 @@ class TokenFile:
         self.refused = bool(content.get("refused"))
         return content
 
-    def peek(self) -> Json | None:
-        """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
-        now, identity = time.monotonic(), file_identity(self.path)
-        cached_identity, expires_at, content = self.peeked
-        if now >= expires_at or identity != cached_identity:
-            try:
-                content = self.load()
-            except ProgramError as error:
-                content = error
-            self.peeked = identity, now + TOKEN_CACHE_SECONDS, content
-        if isinstance(content, ProgramError):
-            raise content.with_traceback(None)
-        return None if content is None else dict(content)
-
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
+        if not self.unsaved:
+            return
         if self.given or (self.identity and not file_identity(self.path)):
             self.unsaved = {}  # or revoked meanwhile
             return
@@ -13495,15 +13474,6 @@ class TokenFile:
             return
         self.unsaved = {}
         self.identity = file_identity(self.path)
-
-    def flush(self) -> None:
-        if self.unsaved:
-            self.save({})
-
-    def replace(self, content: Json) -> None:
-        with contextlib.suppress(ProgramError):  # a link, or unreadable: only its name is reused
-            load_private_json(self.path, quarantines=True)
-        save_private_json(self.path, content)
 
     def remove(self) -> list[str]:
         """Deletes the sign-in and its damaged copies; returns their paths.  Raises OSError."""
@@ -13565,7 +13535,7 @@ class LogFilter:
 def open_log(path: str) -> TextIO:
     """Raises ProgramError."""
     try:
-        return os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8", errors="replace")
+        return os.fdopen(open_regular(path), encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise ProgramError(f"{path}: no log yet") from None
     except OSError as error:
@@ -13587,17 +13557,12 @@ def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
     return list(tail)
 
 
-def load_log_tail(path: str, lines: int, level: str) -> list[str]:
-    with open_log(path) as file:
-        return read_log_tail(file, path, lines, level)
-
-
 # 14.2 sign-ins shared with other programs
 
 
 def read_json_file(path: str) -> Json:
     """The object in another program's file; raises OSError and ValueError."""
-    with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         body = load_object(file.read(MIB))
     if body is None:
         raise ValueError("it is not a JSON object")
@@ -13653,7 +13618,7 @@ def open_database(path: str, mode: str) -> sqlite3.Connection:
     SQLite creates a file beside it to read it, unless told that nobody writes: its write-ahead log
     is not there.
     """
-    os.close(open_regular(path, "O_RDONLY"))
+    os.close(open_regular(path))
     path = os.path.realpath(path)
     url = f"file:{urllib.parse.quote(path)}?mode={mode}"
     has_log = os.path.exists(f"{path}-wal") and os.path.getsize(f"{path}-wal")
@@ -14500,13 +14465,13 @@ class Account(Generic[Token]):
         self.tasks: set[asyncio.Task[Any]] = set()
         self.used = False  #: since the last refresh in the background
 
-    def load(self, *, cached: bool = False) -> Token | None:
+    def load(self) -> Token | None:
         """The token in the file, if it holds one that can be used; raises NotSignedIn."""
         raise NotImplementedError
 
-    def read_file(self, *, cached: bool = False) -> Json:
+    def read_file(self) -> Json:
         try:
-            content = self.file.peek() if cached else self.file.load()
+            content = self.file.load()
         except ProgramError as error:
             raise NotSignedIn(f"{error}.") from None
         if content is None:
@@ -14613,7 +14578,7 @@ class Account(Generic[Token]):
 
     def close(self) -> None:
         """A refresh in flight continues."""
-        self.file.flush()
+        self.file.save({})
 
 
 class AccountProvider(Provider, Generic[Token]):
@@ -14673,7 +14638,7 @@ class AccountProvider(Provider, Generic[Token]):
         status, account = super().status(), self.account
         try:
             with advising(self):
-                account.load(cached=True)
+                account.load()
             for failure in account.breaker.cooldowns.values():
                 status |= {"health": "failing", "reason": failure.error.text()}
         except NotSignedIn as error:
@@ -14987,9 +14952,9 @@ class CopilotAccount(Account[CopilotToken]):
         super().__init__(provider, paths)
         self.file = copilot_token_file(paths, provider.name)
 
-    def load(self, *, cached: bool = False) -> CopilotToken | None:
+    def load(self) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
-        content = self.read_file(cached=cached)
+        content = self.read_file()
         try:
             github_token = clean_token(get_str(content, "github_token"))
         except SignInFailed:
@@ -15374,8 +15339,8 @@ class KiroAccount(Account[KiroLogin]):
     renewal_gap_s = KIRO_FORCED_GAP_SECONDS
     machine_id = ""  #: other programs' files lack it
 
-    def load(self, *, cached: bool = False) -> KiroLogin:
-        content = self.read_file(cached=cached)
+    def load(self) -> KiroLogin:
+        content = self.read_file()
         try:
             login = read_kiro_login(content)
         except ValueError as error:
@@ -15386,6 +15351,22 @@ class KiroAccount(Account[KiroLogin]):
             self.provider.forget_account()
         login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
         self.refresh_secret = login.refresh
+        return login
+
+    async def get(self) -> KiroLogin:
+        """An organisation's sign-in needs its profile, which is fetched once."""
+        provider, login = self.provider, await super().get()
+        if login.arn or login.kind not in ("idc", "external_idp"):
+            return login
+        if provider.profiles is None:
+            await provider.find_profiles(login)
+        profiles = provider.profiles or {}
+        if len(profiles) > 1:
+            choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
+            hint = f"Set profile_arn in [providers.{provider.name}] to one of: {choices}."
+            raise NotEntitled("This Kiro sign-in has several profiles.", hint=hint)
+        for arn in profiles:
+            return self.use(await self.save({"profile_arn": arn}, login))
         return login
 
     async def latest(self) -> KiroLogin:
@@ -15633,22 +15614,6 @@ class KiroProvider(AccountProvider[KiroLogin]):
         if model is not None:
             model.guessed = True
         return model
-
-    async def token(self) -> KiroLogin:
-        """An organisation's sign-in needs its profile, which is fetched once."""
-        login = await self.account.get()
-        if login.arn or login.kind not in ("idc", "external_idp"):
-            return login
-        profiles = await self.find_profiles(login) if self.profiles is None else self.profiles
-        if len(profiles) > 1:
-            choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
-            raise NotEntitled(
-                "This Kiro sign-in has several profiles.",
-                hint=f"Set profile_arn in [providers.{self.name}] to one of: {choices}.",
-            )
-        for arn in profiles:
-            return self.account.use(await self.account.save({"profile_arn": arn}, login))
-        return login
 
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
         """ARN -> name of the organisation's profiles, in both regions that have any."""
@@ -15998,7 +15963,9 @@ class SignInContext:
         file = TokenFile(self.paths.token_file(name))
         with os_error_as(f"{file.path}: cannot be written", SignInFailed):
             async with file.lock():
-                file.replace(content)
+                with contextlib.suppress(ProgramError):  # a link, or unreadable: it is replaced
+                    load_private_json(file.path, quarantines=True)
+                save_private_json(file.path, content)
 
     def show_terms(self, kind: str, name: str) -> None:
         """Shows the vendor's terms before the first sign-in of a provider."""
@@ -16254,13 +16221,11 @@ async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> s
     """
     provider = KiroProvider(name, config, context.paths, context.client)
     try:
-        login = await provider.account.get()
-        if login.kind == "idc" and not login.arn:
+        login = await Account.get(provider.account)
+        if login.kind == "idc" and not login.arn and context.console.interactive:
             profiles = await provider.find_profiles(login)
-            arn = next(iter(profiles)) if len(profiles) == 1 else ""
-            if len(profiles) > 1 and context.console.interactive:
+            if len(profiles) > 1:
                 arn = await context.console.choose("Which profile?", profiles)
-            if arn:  # otherwise the first request will say what to set
                 provider.account.use(await provider.account.save({"profile_arn": arn}, login))
         limits = await provider.limits(with_user=True)
     except ApiError as error:
@@ -16514,7 +16479,7 @@ def read_opencode_file(path: str) -> Iterator[FoundLogin]:
 
 
 def read_token_text(path: str) -> Iterator[FoundLogin]:
-    with os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8") as file:
+    with os.fdopen(open_regular(path), encoding="utf-8") as file:
         yield copilot_login(path, file.read(KIB))
 
 
@@ -16687,7 +16652,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
     row["health"] = "not signed in"
     try:
-        content = file.peek()
+        content = file.load()
         if content is None:
             return row
         if isinstance(entry, KiroConfig):
@@ -18330,7 +18295,7 @@ def is_locked(path: str) -> bool:
         return False
     with os_error_as(f"{path}: cannot be used as the lock"):
         try:
-            fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+            fd = open_trusted(path, "O_NOFOLLOW")
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             finally:
@@ -18349,7 +18314,7 @@ def read_pid_file(path: str) -> tuple[int, str]:
     """
     with os_error_as(f"{path}: cannot be read"):
         try:
-            with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+            with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
                 pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
         except (FileNotFoundError, NotADirectoryError):
             return 0, ""
@@ -18476,7 +18441,7 @@ def read_program() -> bytes:
     """This file as it is now; raises ProgramError."""
     path = program_file()
     try:
-        with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             return file.read()
     except NotADirectoryError:
         raise ProgramError(f"{path}: take it out of the archive, to run as a plain file") from None
@@ -18505,7 +18470,7 @@ def load_bytecode(paths: Paths) -> bytes:
     source = read_program()
     origin = importlib.util.MAGIC_NUMBER + os.fsencode(program_file()) + source
     try:
-        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+        with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
             digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
         if digest == hashlib.sha256(origin + bytecode).digest():
             return bytecode
@@ -19066,7 +19031,8 @@ async def tail_log(daemon: Daemon, params: Json) -> Json:
         raise ProgramError("the gateway logs to its terminal, not to a file")
     lines = int_field(params, "lines") or DEFAULT_LOG_LINES
     level = word_field(params, "level", LOG_LEVELS) or "debug"
-    return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
+    with open_log(path) as file:
+        return {"lines": await asyncio.to_thread(read_log_tail, file, path, lines, level)}
 
 
 CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Json | Awaitable[Json]]] = {
@@ -19772,7 +19738,7 @@ def different_flags(options: argparse.Namespace, config: Config, status: Json) -
 def last_lines(path: str, offset: int) -> tuple[str, ...]:
     """The last lines of a log, from the byte `offset` on."""
     try:
-        with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             file.seek(offset)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
@@ -20365,9 +20331,9 @@ def cmd_provider_remove(app: App) -> None:
     def edit(text: str) -> str:
         if name in config.limits.providers:
             text = change_setting(text, path, f"limits.providers.{name}", None)
-        return check_edit(change_setting(text, path, f"providers.{name}", None), path, app.environ)
+        return change_setting(text, path, f"providers.{name}", None)
 
-    edit_config(app.paths, edit)
+    edit_config(app.paths, edit, app.environ)
     report_saved(app)
     if os.path.lexists(app.paths.token_file(name)):
         tell(run_account_command(app, lambda context: revoke_login(context, name)))
