@@ -494,10 +494,6 @@ class SignInFailed(ProgramError):
     """Sign-in failed; nothing was changed."""
 
 
-class CodeExpired(SignInFailed):
-    """The device code expired; a new one may be requested."""
-
-
 class NotRunning(ProgramError):
     exit_status = 3
 
@@ -13093,10 +13089,7 @@ def os_error_as(problem: str, error_class: type[ProgramError] = ProgramError) ->
 
 
 def open_regular(path: str, *flags: str) -> int:
-    """A descriptor of a regular file, to read unless `flags` say otherwise; raises OSError.
-
-    It never waits for a FIFO's writer.
-    """
+    """A descriptor of a regular file, without waiting for a FIFO's writer.  Raises OSError."""
     names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)
     fd = os.open(path, sum(getattr(os, name, 0) for name in names), 0o600)  # 0: Windows lacks it
     mode = os.fstat(fd).st_mode
@@ -13255,10 +13248,7 @@ def remove_file(path: str) -> None:
 def edit_config(
     paths: Paths, edit: Callable[[str], str], environ: dict[str, str] | None = None
 ) -> None:
-    """Replaces the text by `edit(text)`, under a lock, unless that raises; raises ConfigError.
-
-    With `environ` the result must be valid.
-    """
+    """Replaces the text by `edit(text)`, which with `environ` must be valid; raises ConfigError."""
     path = paths.config_file
     with os_error_as(f"{path}: cannot be written", ConfigError), contextlib.ExitStack() as stack:
         make_private_dir(paths.config_dir)
@@ -13297,10 +13287,7 @@ def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: s
 
 
 def open_state(paths: Paths, *, is_required: bool = True) -> bool:
-    """Creates the state folder; raises ProgramError.
-
-    Unless `is_required`, returns False if nothing can be written there, as in a container.
-    """
+    """Creates the state folder; False if it is not `is_required` and nothing can be written."""
     try:
         make_private_dir(paths.state_dir)
         if os.path.isdir(paths.bytecode_dir):
@@ -13332,10 +13319,7 @@ def read_private_object(data: bytes) -> Json | None:
 
 
 def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
-    """None if there is no file; takes access away from others.  Raises ProgramError.
-
-    `quarantines`: renames a damaged file, and returns None.
-    """
+    """None if there is no file, or it was damaged and is set aside.  Raises ProgramError."""
     try:
         with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
@@ -13408,20 +13392,18 @@ class TokenFile:
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[str]:
-        """A lock between processes; yields its path.  The kernel releases it if the holder dies.
+        """A lock between processes, where one is possible; yields its path.
 
-        It is the sign-in itself where containers may share that file but not its folder.  Nothing
-        is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
+        It is the sign-in itself where containers may share that file but not its folder.  Raises
+        Overloaded after LOCK_SECONDS.
         """
-        path = os.path.join(os.path.dirname(self.path), "token.lock")
-        if self.given:
-            yield path
-            return
-        path = self.path if is_in_place(self.path) else path
+        folder = os.path.dirname(self.path)
+        path = self.path if is_in_place(self.path) else os.path.join(folder, "token.lock")
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
-            make_private_dir(os.path.dirname(path))
-            while fcntl is not None and (fd := lock_file(path)) is None:
+            if not self.given:
+                make_private_dir(folder)
+            while fcntl and not self.given and (fd := lock_file(path)) is None:
                 if time.monotonic() > deadline:
                     raise Overloaded(f"Another process has locked {path} for too long.")
                 await asyncio.sleep(LOCK_POLL_SECONDS)
@@ -13487,7 +13469,8 @@ class TokenFile:
         return paths
 
 
-def copilot_token_file(paths: Paths, name: str) -> TokenFile:
+def token_file(paths: Paths, name: str) -> TokenFile:
+    """Of a provider, unless the environment has its token."""
     token = os.environ.get(COPILOT_TOKEN_VARIABLE, "").strip() if name == "copilot" else ""
     return TokenFile(paths.token_file(name), given=token)
 
@@ -13613,17 +13596,13 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """Another program's database, which must exist; raises sqlite3.Error and OSError.
-
-    SQLite creates a file beside it to read it, unless told that nobody writes: its write-ahead log
-    is not there.
-    """
+    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
     os.close(open_regular(path))
     path = os.path.realpath(path)
     url = f"file:{urllib.parse.quote(path)}?mode={mode}"
     has_log = os.path.exists(f"{path}-wal") and os.path.getsize(f"{path}-wal")
     if mode == "ro" and not has_log and not os.access(os.path.dirname(path), os.W_OK):
-        url += "&immutable=1"
+        url += "&immutable=1"  # otherwise SQLite creates a file beside it
     return sqlite3.connect(url, uri=True, timeout=SHARED_WAIT_SECONDS, isolation_level=None)
 
 
@@ -13670,10 +13649,7 @@ CLI_ROWS = {
 
 
 def read_cli_login(database: sqlite3.Connection, key: str) -> Json:
-    """Our token file's content for a row of kiro-cli or Amazon Q.
-
-    Where there is no start URL a sign-in is Builder ID's.  Raises ValueError and sqlite3.Error.
-    """
+    """Our token file's content for a row of kiro-cli or Amazon Q; raises ValueError and such."""
     body = read_row(database, "auth_kv", key)
     registration_key = key.rpartition(":")[0] + ":device-registration"
     registration = read_row(database, "auth_kv", registration_key)
@@ -13691,8 +13667,8 @@ def read_cli_login(database: sqlite3.Connection, key: str) -> Json:
 
 USAGE_VERSION = 2
 USAGE_KEYS = (*USAGE_NAMES, "shown", "spent")
-USAGE_COLUMNS = ("at", *USAGE_KEYS, *USAGE_DETAILS, *USAGE_FIGURES)
 USAGE_SUM_COLUMNS = ("at", *USAGE_KEYS, *USAGE_FIGURES)
+USAGE_COLUMNS = (*USAGE_SUM_COLUMNS, *USAGE_DETAILS)
 USAGE_SCHEMA = f"""
     BEGIN IMMEDIATE;
     -- a request, or the sum of a day's: shown in reports, spent as the caps see it
@@ -13706,10 +13682,6 @@ USAGE_SCHEMA = f"""
 """
 INSERT_REQUEST = f"""
     INSERT INTO requests ({", ".join(USAGE_COLUMNS)}) VALUES (:{", :".join(USAGE_COLUMNS)})
-"""
-INSERT_SUM = f"""
-    INSERT INTO requests ({", ".join(USAGE_SUM_COLUMNS)})
-    VALUES ({", ".join("?" * len(USAGE_SUM_COLUMNS))})
 """
 # `total` adds numbers of any size; `sum` fails beyond 2**63.
 USAGE_TOTALS = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in USAGE_FIGURES)
@@ -13781,10 +13753,7 @@ class UsageStore:
     def run(
         self, work: Callable[[sqlite3.Connection], Result], mode: str = "IMMEDIATE"
     ) -> Result | None:
-        """The result of `work` in a transaction; None if that failed and no rescue helped.
-
-        With the mode DEFERRED it only reads, and waits for no other process.
-        """
+        """The result of `work` in a transaction; None if that failed and no rescue helped."""
         for can_rescue in (True, False):
             try:
                 connection = self.open()
@@ -13872,12 +13841,12 @@ class UsageStore:
     def merge(connection: sqlite3.Connection, condition: str, model: str = "model") -> None:
         """Replaces the rows that meet a condition by one for each day and name."""
         keys = ", ".join(USAGE_KEYS).replace("model", model)
-        rows = connection.execute(
-            f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition} "
-            f"GROUP BY {DAY_SQL}, {keys}"
-        ).fetchall()
+        sums = f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition}"
+        rows = connection.execute(f"{sums} GROUP BY {DAY_SQL}, {keys}").fetchall()
         connection.execute(f"DELETE FROM requests WHERE {condition}")
-        connection.executemany(INSERT_SUM, rows)
+        places = ", ".join("?" * len(USAGE_SUM_COLUMNS))
+        columns = ", ".join(USAGE_SUM_COLUMNS)
+        connection.executemany(f"INSERT INTO requests ({columns}) VALUES ({places})", rows)
 
     def reset(self) -> bool:
         """Deletes all but what caps need; False if that failed and nothing was deleted."""
@@ -13913,6 +13882,7 @@ class UsageStore:
             recent = [request_row(dict(zip(USAGE_COLUMNS, row, strict=True))) for row in rows]
             return first, *totals, recent
 
+        # DEFERRED: it waits for no other process.
         first, models, groups, recent = self.run(work, "DEFERRED") or (None, [], [], [])
         report = {**usage_report(models), "since": first, "until": int(now)}
         if query.by:
@@ -14116,25 +14086,23 @@ class Catalogue:
         """Keeps models missing from the new list for a while: even entitled ones may be missing."""
         try:
             fetched = await self.fetch()
-        except Exception as error:  # noqa: BLE001 - other providers' models are still listed
-            is_api_error = isinstance(error, ApiError)
-            reason = error if is_api_error else internal_error("a model list could not be read")
-            now, facts = time.monotonic(), {"provider": self.provider, "reason": reason}
-            if self.models:
-                log_event("warning", "models_not_refreshed", **facts)
-                self.fetched_at = now
-            elif self.built_in and not isinstance(reason, NotSignedIn):
-                log_event("warning", "models_unavailable", **facts)
+        except Exception as error:  # other providers' models are still listed
+            if not isinstance(error, ApiError):
+                error = internal_error("a model list could not be read")
+            if not self.models and (not self.built_in or isinstance(error, NotSignedIn)):
+                raise error from None
+            event = "models_not_refreshed" if self.models else "models_unavailable"
+            log_event("warning", event, provider=self.provider, reason=error)
+            self.fetched_at = time.monotonic()
+            if not self.models:
                 self.models = ModelList(self.built_in)
-                self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
-            else:
-                raise reason from None
+                self.fetched_at -= MODELS_FRESH_SECONDS - MODELS_RETRY_SECONDS
             return
-        self.fetched_at = time.monotonic()
-        oldest, listed_at = self.fetched_at - MODELS_STALE_SECONDS, self.listed_at
-        retained = {k: v for k, v in self.models.items() if listed_at.get(k, -math.inf) > oldest}
-        self.listed_at |= dict.fromkeys(fetched, self.fetched_at)
-        self.models = ModelList({**retained, **fetched})
+        now = self.fetched_at = time.monotonic()
+        listed_at = {k: at for k, at in self.listed_at.items() if now - at < MODELS_STALE_SECONDS}
+        retained = {k: v for k, v in self.models.items() if k in listed_at}
+        self.listed_at = listed_at | dict.fromkeys(fetched, now)
+        self.models = ModelList(retained | fetched)
 
 
 @dataclass(slots=True, eq=False)
@@ -14154,8 +14122,7 @@ class Cooldown:
 class Breaker:
     """One circuit breaker per key: a model, "" for the whole account, or a sign-in's secret.
 
-    After a cool-down one request probes (half-open); the others fail until it has finished:
-    clients' retries would make matters worse.
+    After a cool-down one request probes (half-open); the others fail until it has finished.
     """
 
     provider: str = ""  #: for the log; "" logs nothing
@@ -14176,26 +14143,22 @@ class Breaker:
     def open(
         self, key: str, error: ApiError, wait_s: float | None = None, resets_in: float | None = None
     ) -> float:
-        """Starts a cool-down; returns its seconds.
+        """Starts a cool-down of `wait_s`, or one that doubles up to `max_s`; returns its seconds.
 
-        Without `wait_s` it doubles each time, up to `max_s`.  `resets_in`: seconds to the
-        expected recovery, if known.
+        `resets_in`: seconds to the expected recovery, if known.
         """
-        now = time.monotonic()
+        now, length_s, until = time.monotonic(), self.first_s, 0.0
         previous = self.find(key, now)
-        if not wait_s:
-            wait_s = self.first_s
-            if previous is not None:
-                wait_s = previous.length_s * (2 if previous.until <= now else 1)
-            wait_s = min(wait_s, self.max_s)
-        length_s = max(wait_s, 1.0)
-        until = max(now + length_s, previous.until if previous is not None else 0.0)
+        if previous is not None:
+            until = previous.until
+            length_s = min(previous.length_s * (2 if until <= now else 1), self.max_s)
+        length_s = max(wait_s or length_s, 1.0)
         resets_in = error.retry_after if resets_in is None else resets_in
+        recovers_at = now + resets_in if resets_in else 0.0
         self.cooldowns.pop(key, None)
         if len(self.cooldowns) >= MAX_COOLDOWNS:
             del self.cooldowns[next(filter(None, self.cooldowns))]  # the oldest one of a model
-        recovers_at = now + resets_in if resets_in else 0.0
-        self.cooldowns[key] = Cooldown(error, until, recovers_at, length_s)
+        self.cooldowns[key] = Cooldown(error, max(now + length_s, until), recovers_at, length_s)
         if self.provider:
             facts = {"provider": self.provider, "model": key or "*", "kind": error.kind}
             log_event("info", "cooldown_started", **facts, seconds=math.ceil(length_s))
@@ -14208,11 +14171,8 @@ class Breaker:
             if cooldown is not None and cooldown.blocks(now):
                 error, wait_s = cooldown.error, None
                 if error.retry_after is not None:
-                    wait_s = max(
-                        cooldown.recovers_at - now,
-                        cooldown.until - now,
-                        OVERLOAD_BACKOFF_SECONDS[0],
-                    )
+                    ends_at = max(cooldown.recovers_at, cooldown.until)
+                    wait_s = max(ends_at - now, OVERLOAD_BACKOFF_SECONDS[0])
                 raise error.with_hint(error.hint, wait_s)
 
     def guarded(self, key: str) -> contextlib.AbstractContextManager[None]:
@@ -14240,20 +14200,16 @@ class Breaker:
         `seconds` to the next probe, 0 during one; `recovers_at`: Unix seconds of the expected
         recovery, None if unknown.
         """
-        now = time.monotonic()
-        wall_offset = time.time() - now
-        return [
-            {
-                "model": key or "*",
-                "seconds": max(0, math.ceil(item.until - now)),
-                "kind": item.error.kind,
-                "reason": item.error.text(),
-                "recovers_at": int(wall_offset + item.recovers_at) if item.recovers_at else None,
-                "probing": item.probing,
-            }
-            for key, item in self.cooldowns.items()
-            if item.blocks(now)
-        ]
+        now, rows = time.monotonic(), []
+        for key, item in self.cooldowns.items():
+            if item.blocks(now):
+                recovers_at = (
+                    int(time.time() + item.recovers_at - now) if item.recovers_at else None
+                )
+                row: Json = {"model": key or "*", "seconds": max(0, math.ceil(item.until - now))}
+                row |= {"kind": item.error.kind, "reason": item.error.text()}
+                rows.append({**row, "recovers_at": recovers_at, "probing": item.probing})
+        return rows
 
 
 class QuotaWatch:
@@ -14366,10 +14322,6 @@ class Provider:
         """The catalogue by id, cached while fresh; raises ApiError."""
         return await self.catalogue.get(refresh)
 
-    def listed(self) -> dict[str, Model] | None:
-        """The catalogue, if it is cached and fresh."""
-        return self.catalogue.listed()
-
     async def fetch_models(self) -> dict[str, Model]:
         raise NotImplementedError
 
@@ -14398,18 +14350,13 @@ class Provider:
         return ()
 
     def status(self) -> Json:
-        """The current state, without asking the service.
+        """The current state, without asking the service; times in Unix seconds.
 
-        `{"health": "ready" | "cooling down" | "failing" | "not signed in", "reason": TEXT,
-        "token_expires_at": Unix seconds, "cooldowns": Breaker.rows()}`
+        `health`: ready, cooling down, failing or not signed in.
         """
-        cooldowns = self.breaker.rows()
-        return {
-            "health": "cooling down" if cooldowns else "ready",
-            "reason": "",
-            "token_expires_at": None,
-            "cooldowns": cooldowns,
-        }
+        rows = self.breaker.rows()
+        health = "cooling down" if rows else "ready"
+        return {"health": health, "reason": "", "token_expires_at": None, "cooldowns": rows}
 
     async def quota(self) -> Quota | None:
         """What is left of the plan, from the service; None if there is none.  Raises ApiError."""
@@ -14435,7 +14382,7 @@ def advising(provider: Provider, model_id: str = "") -> Iterator[None]:
         error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
         raise
     except ModelNotFound as error:
-        models = provider.listed() or {}
+        models = provider.catalogue.listed() or {}
         similar = nearest(model_spellings(model_id)[-1], models) if model_id not in models else []
         if not model_id or not similar:
             raise
@@ -14453,7 +14400,7 @@ class Account(Generic[Token]):
 
     def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
         self.provider: AccountProvider[Token] = provider
-        self.file = TokenFile(paths.token_file(provider.name))
+        self.file = token_file(paths, provider.name)
         self.lock = asyncio.Lock()
         self.cached: Token | None = None
         self.stale_at = 0.0  #: monotonic: a wall clock set back must not make a token immortal
@@ -14613,16 +14560,14 @@ class AccountProvider(Provider, Generic[Token]):
 
     def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
-        error, requested_s = decision.error, decision.wait_s
-        if (
-            decision.action not in ("pause", "cool_down")
-            and (requested_s or 0.0) <= MAX_WAIT_SECONDS
-        ):
+        error, requested_s, action = decision.error, decision.wait_s or 0.0, decision.action
+        if action not in ("pause", "cool_down") and requested_s <= MAX_WAIT_SECONDS:
             return
         if isinstance(error, Overloaded) and not requested_s:
             return  # it may have room for the very next request
-        wait_s = requested_s or (MAX_COOLDOWN_SECONDS if decision.action == "cool_down" else None)
-        wait_s = min(wait_s, MAX_COOLDOWN_SECONDS) if wait_s else None
+        wait_s = min(requested_s, MAX_COOLDOWN_SECONDS)
+        if action == "cool_down" and not wait_s:
+            wait_s = MAX_COOLDOWN_SECONDS
         key = "" if decision.account_wide else model_id
         length_s = self.breaker.open(key, error, wait_s, decision.resets_in or requested_s)
         if not error.retry_after and isinstance(error, RateLimited):
@@ -14917,9 +14862,8 @@ async def ask_models(
     url = token.api_url + "/models"
     status, _, data = await client.fetch("GET", url, headers, MODELS_SECONDS)
     if status in (400, 401, 403, 421):
-        decision = classify(
-            COPILOT_FAULTS, status, "", read_error_response(status, data)[0], tail=""
-        )
+        code = read_error_response(status, data)[0]
+        decision = classify(COPILOT_FAULTS, status, "", code, tail="")
         if type(decision.error) is not InvalidRequest:
             return decision
     body = load_object(data) if status == 200 else None
@@ -14947,10 +14891,6 @@ class CopilotAccount(Account[CopilotToken]):
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
     refresher: asyncio.Task[None] | None = None  #: runs from the first token on
     scheme = ""  #: the Authorization scheme of a direct token, once the other one was refused
-
-    def __init__(self, provider: CopilotProvider, paths: Paths) -> None:
-        super().__init__(provider, paths)
-        self.file = copilot_token_file(paths, provider.name)
 
     def load(self) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
@@ -15037,9 +14977,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
     def body(self) -> Json:
         provider, call = self.provider, self.call
         model = call.model
-        self.rejections = provider.rejection_memory.rejections(
-            model.id, call.dialect, time.monotonic()
-        )
+        memory = provider.rejection_memory
+        self.rejections = memory.rejections(model.id, call.dialect, time.monotonic())
         draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
         if self.without_reasoning:
             strip_reasoning(draft.body)
@@ -15072,10 +15011,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
             betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
-        if call.model.headers:
-            own_names = {name.lower() for name in headers}
-            model_headers = call.model.headers.items()
-            headers |= {name: v for name, v in model_headers if name not in own_names}
+        own_names = {name.lower() for name in headers} if call.model.headers else ()
+        headers |= {k: v for k, v in call.model.headers.items() if k not in own_names}
         return headers
 
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
@@ -15086,10 +15023,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
         refusal = (response.status, response.headers, await self.read_error_body(response))
         sent, rejections = call.sent or {}, self.rejections
         decision = classify_copilot_error(*refusal, call.model, sent, rejections, time.time())
-        rejection_memory = decision.rejections
-        provider.rejection_memory.add(
-            call.model.id, call.dialect, rejection_memory, time.monotonic()
-        )
+        memory, now = provider.rejection_memory, time.monotonic()
+        memory.add(call.model.id, call.dialect, decision.rejections, now)
         provider.quota_watch.on_error(decision.error)
         if call.model.auto and response.status in (400, 401, 403, 404, 422):
             words = " ".join(read_error_response(response.status, refusal[2]))
@@ -15200,7 +15135,11 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             if path == AUTO_UNNAMED:
                 return replace(model, dialects=("chat",))
             try:
-                body = await self.ask_auto(path, model, prompt[:AUTO_PROMPT_CHARS], has_image)
+                tier, text = self.config.auto_tier, prompt[:AUTO_PROMPT_CHARS]
+                payload = auto_payload(path, text, has_image, tier)
+                body = await self.post(path, payload, model, "model-access", AUTO_SECONDS)
+                if isinstance(body, RetryDecision):
+                    raise body.error
                 chosen = read_auto_choice(body, self.catalogue.models, self.name)
             except ApiError as error:
                 failure = error
@@ -15216,28 +15155,28 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             return chosen
         if failure is not None and self.auto_paths:
             raise failure
-        message, hint = (
-            "Copilot does not offer Auto to this account.",
-            "GET /v1/models lists models.",
-        )
-        raise ModelNotFound(message, hint=hint, param="model")
+        message = "Copilot does not offer Auto to this account."
+        raise ModelNotFound(message, hint="GET /v1/models lists models.", param="model")
 
-    async def ask_auto(self, path: str, model: Model, prompt: str, has_image: bool) -> Json:
-        payload = auto_payload(path, prompt, has_image, self.config.auto_tier)
-        data = dump_json(payload)
+    async def post(
+        self, path: str, body: Json, model: Model, intent: str, seconds: float
+    ) -> Json | RetryDecision:
+        """The object that Copilot returns, or what its refusal means; raises ApiError."""
+        data = dump_json(body)
 
         async def send(token: CopilotToken) -> Json | RetryDecision:
-            url, headers = token.api_url + path, self.headers(token, "model-access")
-            headers["Content-Type"] = "application/json"
-            headers["X-GitHub-Api-Version"] = AUTO_PATHS[path]
-            reply = await self.client.fetch("POST", url, headers, AUTO_SECONDS, data)
-            body = load_object(reply[2]) if reply[0] == 200 else None
-            return body or classify_copilot_error(*reply, model, payload, {}, time.time())
+            headers = {**self.headers(token, intent), "Content-Type": "application/json"}
+            if path in AUTO_PATHS:
+                headers["X-GitHub-Api-Version"] = AUTO_PATHS[path]
+            reply = await self.client.fetch("POST", token.api_url + path, headers, seconds, data)
+            if reply[0] != 200:
+                return classify_copilot_error(*reply, model, body, {}, time.time())
+            payload = load_object(reply[2], MAX_EMBEDDING_VALUES)
+            if payload is None:
+                raise UpstreamError("Copilot's response is not JSON.")
+            return payload
 
-        result = await self.ask(send)
-        if isinstance(result, RetryDecision):
-            raise result.error
-        return result
+        return await self.ask(send)
 
     def rule_out(self, path: str) -> None:
         """This account lacks a way to ask for Auto, and without any it lacks the model."""
@@ -15278,26 +15217,9 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         return write_embeddings(rows, usage, is_packed), usage
 
     async def embed_batch(self, body: Json, model: Model) -> Json:
-        data = dump_json(body)
-
-        async def send(token: CopilotToken) -> Json | RetryDecision:
-            headers = self.headers(token, "conversation-other")
-            headers["Content-Type"] = "application/json"
-            url = token.api_url + "/embeddings"
-            reply = await self.client.fetch("POST", url, headers, EMBEDDINGS_SECONDS, data)
-            if reply[0] != 200:
-                return classify_copilot_error(*reply, model, body, {}, time.time())
-            payload = load_object(reply[2], MAX_EMBEDDING_VALUES)
-            if payload is None:
-                raise UpstreamError("Copilot's embeddings response is not JSON.")
-            return payload
-
-        count = 0
-        while True:
+        count, request = 0, ("/embeddings", body, model, "conversation-other", EMBEDDINGS_SECONDS)
+        while isinstance(result := await self.post(*request), RetryDecision):
             count += 1
-            result = await self.ask(send)
-            if not isinstance(result, RetryDecision):
-                return result
             self.quota_watch.on_error(result.error)
             wait_s = BACKOFF_SECONDS[0] if result.wait_s is None else result.wait_s
             is_transient = result.action in ("wait", "retry_once", "pause")
@@ -15305,6 +15227,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
                 self.cool_down(model.id, result)
                 raise result.error
             await asyncio.sleep(wait_s)
+        return result
 
     async def quota(self) -> Quota | None:
         self.account.load()
@@ -15460,19 +15383,19 @@ class KiroAttempt(Attempt[KiroLogin]):
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
         content_type = response.headers.get("content-type", "").lower()
+        decision: RetryDecision | None
         if response.status != 200 or "json" in content_type or "html" in content_type:
             data = await self.read_error_body(response)
             decision = classify_kiro_error(response.status, response.headers, data, time.time())
         else:
             with contextlib.ExitStack() as stack:
                 stack.callback(response.close, is_complete=False)
-                found = await self.peek(response)
-                if found is None:
+                decision = await self.peek(response)
+                if decision is None:
                     stack.pop_all()
                     self.provider.winner = self.endpoints[0]
                     self.provider.quota_watch.poll_soon()
                     return None
-            decision = found
         self.provider.quota_watch.on_error(decision.error)
         return self.explain(decision)
 
@@ -15862,23 +15785,18 @@ class Console:
 
 def open_browser(url: str) -> bool:
     """False without a graphical one: a browser in the terminal would take it over."""
-    has_window = sys.platform in ("darwin", "win32") or any(
-        os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
-    )
-    is_remote = os.environ.get("SSH_CONNECTION") and not os.environ.get("BROWSER")
-    if not has_window or is_remote or check_url(url.partition("?")[0]):
+    environ, command = os.environ, [sys.executable, "-I", "-m", "webbrowser", url]
+    has_display = any(map(environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    has_window = sys.platform in ("darwin", "win32") or has_display
+    is_local = has_window and not environ.get("SSH_CONNECTION")
+    if not (is_local or environ.get("BROWSER")) or check_url(url.partition("?")[0]):
         return False
-    try:  # in a process of its own, whose output does not reach this terminal
-        subprocess.Popen(
-            [sys.executable, "-I", "-m", "webbrowser", url],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError:
-        return False  # the link is on the terminal as well
-    return True
+    null = subprocess.DEVNULL
+    with contextlib.suppress(OSError):  # the link is on the terminal as well
+        # In a process of its own, whose output does not reach this terminal.
+        subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        return True
+    return False
 
 
 def with_provider(where: str, name: str, settings: dict[str, str], text: str) -> str:
@@ -15905,7 +15823,7 @@ class DeviceFlow(NamedTuple):
     token_request: Json  #: without the code
     code_key: str  #: in `token_request`
     headers: dict[str, str]
-    hint: str = ""  #: what to do if no code is issued
+    problem: str = "issued no code"
 
 
 @dataclass(slots=True)
@@ -15921,9 +15839,9 @@ class SignInContext:
 
     @contextlib.contextmanager
     def adding_provider(self, name: str, kind: str, settings: dict[str, Any]) -> Iterator[Any]:
-        """Adds the provider to the configuration file after the body, which signs in and saves.
+        """Yields the configuration of a provider, which is added to the file after the body.
 
-        Yields the provider's configuration.  What could fail at the end is checked before.
+        What could fail at the end is checked before.
         """
         if not PROVIDER_NAME.fullmatch(name):
             raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
@@ -15952,11 +15870,9 @@ class SignInContext:
         path = self.paths.token_file(name)
         with os_error_as(f"{path}: cannot be written", SignInFailed):
             make_private_dir(os.path.dirname(path))
-            if is_in_place(path):
-                return
-            with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
-                file.write(bytes(64 * KIB))
-                file.flush()
+            if not is_in_place(path):
+                with tempfile.TemporaryFile(dir=os.path.dirname(path), buffering=0) as file:
+                    file.write(bytes(64 * KIB))
 
     async def save(self, name: str, content: Json) -> None:
         """Raises SignInFailed."""
@@ -15977,12 +15893,8 @@ class SignInContext:
         self, service: str, url: str, headers: dict[str, str], body: Json
     ) -> tuple[int, Headers, bytes]:
         """(status, headers, body) of a response; raises SignInFailed if there is none."""
-        headers = {
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-            **headers,
-        }
+        common = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        headers = {"Accept": "application/json", **common, **headers}
         try:
             return await self.client.fetch("POST", url, headers, SIGN_IN_SECONDS, dump_json(body))
         except ApiError as error:
@@ -15992,73 +15904,56 @@ class SignInContext:
         self, service: str, url: str, headers: dict[str, str], body: Json, problem: str
     ) -> Json:
         """As `post`; raises SignInFailed unless an object without an error comes back."""
-        status, response_headers, data = await self.post(service, url, headers, body)
-        payload = load_form_or_json(data)
-        if status != 200 or payload is None or "error" in payload:
-            reason = classify_poll(status, response_headers, data).message or f"status {status}"
+        reply = await self.post(service, url, headers, body)
+        payload = load_form_or_json(reply[2])
+        if reply[0] != 200 or payload is None or "error" in payload:
+            reason = classify_poll(*reply).message or f"status {reply[0]}"
             raise SignInFailed(f"{service} {problem}: {reason}")
         return payload
 
     async def run_device_flow(self, flow: DeviceFlow) -> Json:
-        """The token response after the user has entered a code; raises SignInFailed.
-
-        If the code expires, the user may get a new one.
-        """
-        say = self.console.say
-        while True:
-            try:
-                payload = await self.fetch_json(
-                    flow.service, flow.code_url, flow.headers, flow.code_request, "issued no code"
-                )
-            except SignInFailed as error:
-                raise SignInFailed(f"{error}{flow.hint}") from None
-            device = read_device_code(payload, flow.service)
-            say(f"Open    {device.url}", f"and type    {device.user_code}", "")
-            if device.url_complete:
-                say(f"or open    {device.url_complete}    and compare the code", "")
-            if self.browser and open_browser(device.url_complete or device.url):
-                say("A browser should open by itself; any other, on any machine, will do.", "")
-            try:
-                return await self.poll_for_token(flow, device)
-            except CodeExpired as error:
-                if not self.console.interactive:
-                    raise
-                say(f"Sorry, {error}.")
-                if not await self.console.confirm("Get a new one?"):
-                    raise
-
-    async def poll_for_token(self, flow: DeviceFlow, device: DeviceCode) -> Json:
-        service, body = flow.service, {**flow.token_request, flow.code_key: device.code}
-        now = asyncio.get_running_loop().time
-        expires_at = now() + device.expires_in
+        """The token response after the user has entered a code; raises SignInFailed."""
+        service, headers, say = flow.service, flow.headers, self.console.say
+        payload = await self.fetch_json(
+            service, flow.code_url, headers, flow.code_request, flow.problem
+        )
+        device = read_device_code(payload, service)
+        say(f"Open    {device.url}", f"and type    {device.user_code}", "")
+        if device.url_complete:
+            say(f"or open    {device.url_complete}    and compare the code", "")
+        if self.browser and open_browser(device.url_complete or device.url):
+            say("A browser should open by itself; any other, on any machine, will do.", "")
+        say(
+            f"Waiting for you; the code expires in {device.expires_in / 60:.0f} min, Ctrl-C cancels"
+        )
+        body = {**flow.token_request, flow.code_key: device.code}
+        expires_at = time.monotonic() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
-        minutes = device.expires_in / 60
-        self.console.say(f"Waiting for you; the code expires in {minutes:.0f} min, Ctrl-C cancels")
         while True:
-            await asyncio.sleep(min(interval_s, expires_at - now()))
-            if now() >= expires_at:
-                raise CodeExpired("the code has expired")
+            await asyncio.sleep(min(interval_s, expires_at - time.monotonic()))
+            poll = Poll("expired", {})
             try:
-                poll = classify_poll(*await self.post(service, flow.token_url, flow.headers, body))
+                if time.monotonic() < expires_at:
+                    poll = classify_poll(*await self.post(service, flow.token_url, headers, body))
             except SignInFailed as error:
                 poll = Poll("unreachable", {}, str(error))
             if poll.state == "done":
                 return poll.body
+            if poll.state == "denied":
+                raise SignInFailed(f"the sign-in was cancelled at {service}")
+            if poll.state == "failed":
+                raise SignInFailed(f"{service} refuses the sign-in: {poll.message}")
+            if poll.state == "expired":
+                raise SignInFailed("the code has expired; start again for a new one")
             if poll.state == "unreachable" and poll.message != trouble:
                 trouble = poll.message
-                self.console.say(f"{trouble}; trying again")
+                say(f"{trouble}; trying again")
             if poll.state == "slow_down":
                 new_interval_s = parse_number(poll.body.get("interval"))
                 if new_interval_s is None or not 0 <= new_interval_s < 3600:
                     interval_s += DEVICE_SLOWER_SECONDS
                 else:
                     interval_s = max(interval_s, new_interval_s + DEVICE_EXTRA_SECONDS)
-            elif poll.state == "expired":
-                raise CodeExpired("the code has expired")
-            elif poll.state == "denied":
-                raise SignInFailed(f"the sign-in was cancelled at {service}")
-            elif poll.state == "failed":
-                raise SignInFailed(f"{service} refuses the sign-in: {poll.message}")
 
 
 # 16.1 Copilot
@@ -16147,7 +16042,6 @@ async def check_copilot(
 
 # The only ports that the portal redirects to.
 KIRO_PORTAL_PORTS = (3128, 4649, 6588, 8008, 9091, 49153, 50153, 51153, 52153, 53153)
-KIRO_CLIENT_NAME = "Kiro IDE"
 KIRO_SCOPES = (
     "codewhisperer:completions", "codewhisperer:analysis", "codewhisperer:conversations",
     "codewhisperer:transformations", "codewhisperer:taskassist",
@@ -16162,10 +16056,9 @@ async def sign_in_kiro(
     region: str = "",
     token: str = "",
 ) -> str:
-    """Returns a message for the user; raises SignInFailed.
+    """By a method of KIRO_METHODS, "" = ask, or with an API key; returns a message for the user.
 
-    `method`: of KIRO_METHODS, "" = ask.  `start_url` and `region` are an organisation's; `token` is
-    an API key, which needs none of these.
+    `start_url` and `region` are an organisation's.  Raises SignInFailed.
     """
     console = context.console
     method = method or ("organisation" if start_url else "")
@@ -16215,10 +16108,7 @@ async def save_kiro_sign_in(
 
 
 async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> str:
-    """Chooses the profile of a new sign-in; returns a message for the user.
-
-    Raises NotSignedIn if it is unusable.
-    """
+    """Tries a new sign-in; returns a message for the user.  Raises NotSignedIn if it is refused."""
     provider = KiroProvider(name, config, context.paths, context.client)
     try:
         login = await Account.get(provider.account)
@@ -16235,9 +16125,8 @@ async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> s
     provider.account.file.save({"user": limits.account, "plan": limits.plan})
     who = f" as {limits.account}" if limits.account else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
-    credit_text = "".join(
-        f", {row.used:g} of {row.limit:g} credits used" for row in limits.allowances if row.limit
-    )
+    rows = (row for row in limits.allowances if row.limit)
+    credit_text = "".join(f", {row.used:g} of {row.limit:g} credits used" for row in rows)
     return f"Signed in to Kiro{who}{plan}{credit_text}"
 
 
@@ -16255,15 +16144,11 @@ async def sign_in_at_aws(
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
     registration = {
-        "clientName": KIRO_CLIENT_NAME,
-        "clientType": "public",
-        "scopes": list(KIRO_SCOPES),
-        "grantTypes": [DEVICE_GRANT, "refresh_token"],
-        "issuerUrl": start_url,
-    }
-    client = await context.fetch_json(
-        "AWS", base + "/client/register", {}, registration, "refuses the sign-in"
-    )
+        "clientName": "Kiro IDE", "clientType": "public", "scopes": list(KIRO_SCOPES),
+        "grantTypes": [DEVICE_GRANT, "refresh_token"], "issuerUrl": start_url,
+    }  # fmt: skip
+    url, problem = base + "/client/register", "refuses the sign-in"
+    client = await context.fetch_json("AWS", url, {}, registration, problem)
     credentials = {name: get_str(client, name) for name in ("clientId", "clientSecret")}
     flow = DeviceFlow(
         service="AWS",
@@ -16273,7 +16158,7 @@ async def sign_in_at_aws(
         token_request={**credentials, "grantType": DEVICE_GRANT},
         code_key="deviceCode",
         headers={},
-        hint="; are the start URL and the region right?",
+        problem="issued no code (are the start URL and the region right?)",
     )
     payload = await context.run_device_flow(flow)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
@@ -16305,27 +16190,19 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
         "",
     )
     callback = await listener.wait(context.console)
-    if callback.option not in ("google", "github"):
-        if callback.option not in ("builderid", "awsidc", "internal") or not callback.issuer_url:
-            raise SignInFailed(
-                f"a sign-in by {callback.option} has to be imported: type auth import"
-            )
-        region = callback.region or "us-east-1"
-        return await sign_in_at_aws(context, config, callback.issuer_url, region)
-    redirect = f"http://localhost:{listener.port}{callback.path}"
-    body = {
-        "code": callback.code,
-        "code_verifier": verifier,
-        "redirect_uri": f"{redirect}?login_option={callback.option}",
-    }
-    headers = {
-        "User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}",
-        "Accept": "application/json, text/plain, */*",
-    }
+    option, issuer_url = callback.option, callback.issuer_url
+    if option in ("builderid", "awsidc", "internal") and issuer_url:
+        return await sign_in_at_aws(context, config, issuer_url, callback.region or "us-east-1")
+    if option not in ("google", "github"):
+        raise SignInFailed(f"a sign-in by {option} has to be imported: type auth import")
+    redirect = f"http://localhost:{listener.port}{callback.path}?login_option={option}"
+    body = {"code": callback.code, "code_verifier": verifier, "redirect_uri": redirect}
+    agent = f"KiroIDE-{config.kiro_version}-{machine_id}"
+    headers = {"User-Agent": agent, "Accept": "application/json, text/plain, */*"}
     url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/oauth/token"
     payload = await context.fetch_json("Kiro", url, headers, body, "refuses the sign-in")
     tokens = read_refresh_response(payload, time.time())
-    return {"auth_method": callback.option, "machine_id": machine_id, **tokens}
+    return {"auth_method": option, "machine_id": machine_id, **tokens}
 
 
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
@@ -16399,9 +16276,8 @@ class CallbackListener:
     async def read_pasted(self, console: Console) -> None:
         with contextlib.suppress(EOFError):  # the redirect may still come
             while not self.callback.done():
-                text = await console.read_line()
                 try:
-                    self.accept(text)
+                    self.accept(await console.read_line())
                 except ValueError as error:
                     console.say(f"This does not fit: {error}.  Paste the whole address.")
 
@@ -16453,10 +16329,10 @@ class FoundLogin:
 
     def rank(self) -> tuple[Any, ...]:
         """Sorts usable ones first, and of a kind the living and then the newest."""
-        ends = read_time(self.content.get("sign_in_expires_at")) or math.inf
-        is_dead = ends < time.time()
-        age = -read_time(self.content.get("expires_at"))
-        return bool(self.problem), get_str(self.content, "type"), is_dead, age
+        content = self.content
+        is_dead = 0 < read_time(content.get("sign_in_expires_at")) < time.time()
+        age = -read_time(content.get("expires_at"))
+        return bool(self.problem), get_str(content, "type"), is_dead, age
 
 
 def copilot_login(path: str, token: str, host: str = "", user: str = "") -> FoundLogin:
@@ -16483,22 +16359,18 @@ def read_token_text(path: str) -> Iterator[FoundLogin]:
         yield copilot_login(path, file.read(KIB))
 
 
-def read_variable(path: str) -> Iterator[FoundLogin]:
-    if os.environ.get(path):
-        yield copilot_login(path, os.environ[path])
+def read_variable(name: str) -> list[FoundLogin]:
+    return [copilot_login(name, os.environ[name])] if os.environ.get(name) else []
 
 
-def read_gh(path: str) -> Iterator[FoundLogin]:
-    command = path.split()
-    try:
-        result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
-    except subprocess.SubprocessError as error:
-        raise SignInFailed(str(error)) from None
-    yield copilot_login(path, result.stdout)
+def read_gh(command: str) -> list[FoundLogin]:
+    null = subprocess.DEVNULL
+    output = subprocess.check_output(command.split(), stderr=null, timeout=10, text=True)
+    return [copilot_login(command, output)]
 
 
-def read_kiro_file(path: str) -> Iterator[FoundLogin]:
-    yield FoundLogin("", path, {**read_ide_login(path), "source": {"path": path}})
+def read_kiro_file(path: str) -> list[FoundLogin]:
+    return [FoundLogin("", path, {**read_ide_login(path), "source": {"path": path}})]
 
 
 def read_kiro_database(path: str) -> Iterator[FoundLogin]:
@@ -16508,15 +16380,14 @@ def read_kiro_database(path: str) -> Iterator[FoundLogin]:
         for (key,) in database.execute(query).fetchall():
             try:
                 content = read_cli_login(database, key)
+                content["source"] = {"key": key, "path": path}
+                yield FoundLogin("", path, content)
             except ValueError as error:
                 yield FoundLogin("", path, {}, problem=f"{key}: {error}")
-            else:
-                source = {"key": key, "path": path}
-                yield FoundLogin("", path, {**content, "source": source})
 
 
 # The values of `auth import --from`: the program as shown to the user; what reads a path, which may
-# raise OSError, ValueError, SignInFailed and sqlite3.Error; the patterns of its paths.
+# raise the errors of `find_logins`; the patterns of its paths.
 # VS Code itself keeps its tokens in the system's secret store.  Of the environment, the Copilot CLI
 # reads this variable first.
 LITELLM, PLUGINS = "HOME/.config/litellm/github_copilot", "CONFIG/github-copilot"
@@ -16561,6 +16432,7 @@ def find_logins(origins: Collection[str] = ()) -> list[FoundLogin]:
     The best are first.  Where a source has none, that is a problem as well.
     """
     found: list[FoundLogin] = []
+    errors = OSError, ValueError, ProgramError, sqlite3.Error, subprocess.SubprocessError
     for name in origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]:
         program, read, patterns = IMPORTS[name]
         logins: list[FoundLogin] = []
@@ -16569,7 +16441,7 @@ def find_logins(origins: Collection[str] = ()) -> list[FoundLogin]:
                 logins += read(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except (OSError, ValueError, ProgramError, sqlite3.Error) as error:
+            except errors as error:
                 problem = getattr(error, "strerror", None) or str(error)
                 logins.append(FoundLogin("", path, {}, problem=problem))
         for login in logins or [FoundLogin("", "", {}, problem="there is nothing")]:
@@ -16598,17 +16470,15 @@ async def import_logins(
 ) -> list[str]:
     """Imports what the user agrees to, or with `assume_yes` what replaces nothing.
 
-    `name`: the provider's, "" for a matching one.  Returns messages for the user.  Raises
-    SignInFailed if nothing was imported.
+    `name`: the provider's, "" for a matching one.  Returns messages; raises SignInFailed.
     """
     say = context.console.say
-    messages: list[str] = []
+    messages: dict[str, str] = {}  # by provider
     failures = 0
-    targets: set[str] = set()
     say("Found on this machine:", *map(str, logins))
-    for login in (login for login in logins if not login.problem):
-        target = name or target_name(context.config, login)
-        if target in targets:
+    for login in logins:
+        target = "" if login.problem else name or target_name(context.config, login)
+        if not target or target in messages:
             continue
         is_signed_in = bool(file_identity(context.paths.token_file(target)))
         if not assume_yes:
@@ -16621,14 +16491,13 @@ async def import_logins(
             say(f"Provider {target!r} is signed in already; --name {target} replaces it.")
             continue
         try:
-            messages.append(await import_login(context, login, target))
-            targets.add(target)
+            messages[target] = await import_login(context, login, target)
         except SignInFailed as error:
             failures += 1
             say(f"{login.account} of {login.program}: {error}")
     if failures and not messages:
         raise SignInFailed("nothing was imported")
-    return messages
+    return list(messages.values())
 
 
 async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
@@ -16664,11 +16533,10 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
     except (ProgramError, ValueError) as error:
         reason = str(error).removeprefix(f"{file.path}: ")
         return {**row, "health": f"unusable: {reason}"}
-    row["user"] = get_str(content, "user") or get_str(content, "login")
-    row["plan"] = get_str(content, "plan")
+    row |= {"user": file.user, "plan": get_str(content, "plan"), "health": "ok"}
     row["token_expires_at"] = int(read_time(content.get("expires_at"))) or None
-    refusal = get_str(content, "refused")
-    row["health"] = f"needs sign-in: {refusal}" if refusal else "ok"
+    if file.refused:
+        row["health"] = f"needs sign-in: {content['refused']}"
     if row["expires_at"] and row["expires_at"] < time.time():
         row["health"] = "needs sign-in: it has expired"
     return row
@@ -16676,28 +16544,20 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
 
 def account_rows(config: Config, paths: Paths) -> list[Json]:
     return [
-        account_row(name, entry, copilot_token_file(paths, name))
+        account_row(name, entry, token_file(paths, name))
         for name, entry in config.providers.items()
         if isinstance(entry, (CopilotConfig, KiroConfig))
     ]
 
 
 async def revoke_login(context: SignInContext, name: str) -> str:
-    """Removes a sign-in; returns what is left to do, for the user.
-
-    Raises WrongUsage and ProgramError.
-    """
-    file = TokenFile(context.paths.token_file(name))
-    folder = os.path.dirname(file.path)
-    nothing = f"{name}: there is no sign-in to remove"
-    entry = context.config.providers.get(name)
+    """Removes a sign-in; returns what is left to do.  Raises WrongUsage and ProgramError."""
+    file, config = TokenFile(context.paths.token_file(name)), context.config
+    folder, entry = os.path.dirname(file.path), config.providers.get(name)
     if isinstance(entry, EchoConfig):
         raise WrongUsage(f"{name}: responds locally and needs no sign-in")
-    if not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
-        if entry is not None:
-            raise ProgramError(nothing)
-        names = [row["name"] for row in account_rows(context.config, context.paths)]
-        raise no_provider(name, names)
+    if entry is None and not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
+        raise no_provider(name, [row["name"] for row in account_rows(config, context.paths)])
     kind = "copilot"
     with contextlib.suppress(ProgramError):  # a damaged file is removed as well
         content = load_private_json(file.path) or {}
@@ -16710,25 +16570,20 @@ async def revoke_login(context: SignInContext, name: str) -> str:
                 os.unlink(lock_path)
                 os.rmdir(folder)
     if not removed:
-        raise ProgramError(nothing)
-    forget = ""
+        raise ProgramError(f"{name}: there is no sign-in to remove")
+    lines = [f"Removed {', '.join(removed)}.  A running gateway stops using it."]
+    lines.append(f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}")
     if entry is not None and name not in PROVIDER_CONFIGS:
-        forget = f"  To remove the provider as well: {program_command()} provider remove {name}"
-    return (
-        f"Removed {', '.join(removed)}.  A running gateway stops using it.  "
-        f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}{forget}"
-    )
+        lines.append(f"To remove the provider as well: {program_command()} provider remove {name}")
+    return "  ".join(lines)
 
 
 async def offer_sign_in(context: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
-    found = find_logins()
-    logins = [login for login in found if not login.problem]
-    say = context.console.say
-    options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
-    if logins:
-        origins = ", ".join(sorted({f"{login.kind} of {login.program}" for login in logins}))
-        options = {"import": f"use what is on this machine: {origins}", **options}
+    found, say = find_logins(), context.console.say
+    origins = sorted({f"{login.kind} of {login.program}" for login in found if not login.problem})
+    options = {"import": f"use what is on this machine: {', '.join(origins)}"} if origins else {}
+    options |= {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
     options["later"] = "not now; only the model `echo` will work"
     try:
         choice = await context.console.choose("There is no account yet.", options)
@@ -17728,7 +17583,7 @@ class Gateway:
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of each provider; those whose list is unavailable are logged and left out."""
-        listings = {name: provider.listed() for name, provider in self.providers.items()}
+        listings = {name: provider.catalogue.listed() for name, provider in self.providers.items()}
         available = {name: models for name, models in listings.items() if models is not None}
         names = [name for name in listings if name not in available]
         requests = (self.providers[name].models() for name in names)
@@ -17894,7 +17749,7 @@ class Gateway:
             catalogues = await self.catalogues()
             route, model = self.router.resolve(route, catalogues)
         provider = self.providers[route.provider]
-        model = model or find_model(route.model, provider.listed() or {})
+        model = model or find_model(route.model, provider.catalogue.listed() or {})
         try:
             for refresh in (False, True) if model is None else ():
                 with advising(provider):
@@ -17909,7 +17764,7 @@ class Gateway:
             requested = name if len(self.router.aliases.get(name, ())) < 2 else route.model
             raise self.router.not_found(requested, catalogues or await self.catalogues())
         if LONG_CONTEXT_BETA in request.headers.get("anthropic-beta", ""):
-            long_context = (provider.listed() or {}).get(f"{model.id}-1m", model)
+            long_context = (provider.catalogue.listed() or {}).get(f"{model.id}-1m", model)
             model = long_context if long_context.listed else model
         return provider, model
 
@@ -17987,7 +17842,7 @@ class Gateway:
         response_dialect = self.dialect_of(request)
 
         def window(model_id: str) -> int:
-            return ((provider.listed() or {}).get(model_id) or model).context or 0
+            return ((provider.catalogue.listed() or {}).get(model_id) or model).context or 0
 
         context = ResponseContext(
             id=response_dialect.id_prefix + os.urandom(12).hex(),
