@@ -13383,7 +13383,8 @@ class TokenFile:
 
     path: str
     identity: tuple[int, ...] = ()  #: `file_identity` as of the last read or write
-    given: str = ""  #: a GitHub token instead of the file's: nothing is read or written
+    #: takes the place of the file, which is neither read nor written
+    memory: Json | None = None
     user: str = ""  #: the account's name, as of the last read
     refused: bool = False  #: by the service, as of the last read
     #: changes not written yet: they must not be lost, as a rotated token is issued only once
@@ -13401,9 +13402,9 @@ class TokenFile:
         path = self.path if is_in_place(self.path) else os.path.join(folder, "token.lock")
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
-            if not self.given:
+            if self.memory is None:
                 make_private_dir(folder)
-            while fcntl and not self.given and (fd := lock_file(path)) is None:
+            while fcntl and self.memory is None and (fd := lock_file(path)) is None:
                 if time.monotonic() > deadline:
                     raise Overloaded(f"Another process has locked {path} for too long.")
                 await asyncio.sleep(LOCK_POLL_SECONDS)
@@ -13427,9 +13428,7 @@ class TokenFile:
 
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
-        if self.given:
-            return {"github_token": self.given, "login": f"({COPILOT_TOKEN_VARIABLE})"}
-        content = load_private_json(self.path)
+        content = load_private_json(self.path) if self.memory is None else self.memory
         if content is None:
             return None
         content |= self.unsaved
@@ -13439,11 +13438,14 @@ class TokenFile:
 
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
+        if self.memory is not None:
+            self.memory |= changes
+            return
         self.unsaved = {**self.unsaved, **changes}
         if not self.unsaved:
             return
-        if self.given or (self.identity and not file_identity(self.path)):
-            self.unsaved = {}  # or revoked meanwhile
+        if self.identity and not file_identity(self.path):
+            self.unsaved = {}  # revoked meanwhile
             return
         try:
             content = load_private_json(self.path, quarantines=True) or {}
@@ -13470,9 +13472,11 @@ class TokenFile:
 
 
 def token_file(paths: Paths, name: str) -> TokenFile:
-    """Of a provider, unless the environment has its token."""
-    token = os.environ.get(COPILOT_TOKEN_VARIABLE, "").strip() if name == "copilot" else ""
-    return TokenFile(paths.token_file(name), given=token)
+    """A provider's sign-in, maybe from the environment."""
+    file, token = TokenFile(paths.token_file(name)), os.environ.get(COPILOT_TOKEN_VARIABLE, "")
+    if name == "copilot" and token.strip():
+        file.memory = {"github_token": token.strip(), "login": f"({COPILOT_TOKEN_VARIABLE})"}
+    return file
 
 
 def random_uuid() -> str:
@@ -13484,8 +13488,8 @@ def load_machine(paths: Paths) -> tuple[str, str]:
     path = paths.machine_file
     try:
         saved = load_private_json(path) or {}
-        machine, device = saved.get("machine_id"), saved.get("device_id")
-        if isinstance(machine, str) and isinstance(device, str):
+        machine, device = get_str(saved, "machine_id"), get_str(saved, "device_id")
+        if machine and device:
             return machine, device
     except ProgramError as error:
         log_event("warning", "machine_file_unusable", reason=error)
@@ -13528,13 +13532,10 @@ def open_log(path: str) -> TextIO:
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
     """The last lines of a log: of rotated files, then of `file`, read to its end."""
     tail: deque[str] = deque(maxlen=min(max(lines, 0), MAX_LOG_LINES))
-    with contextlib.ExitStack() as stack:
-        files = [file]
-        for index in range(1, LOG_FILES):
-            with contextlib.suppress(ProgramError):
-                files.insert(0, stack.enter_context(open_log(f"{path}.{index}")))
-        for log in files:
-            tail.extend(filter(LogFilter(level).takes, log.read().splitlines()))
+    for index in range(LOG_FILES - 1, 0, -1):
+        with contextlib.suppress(ProgramError), open_log(f"{path}.{index}") as older:
+            tail.extend(filter(LogFilter(level).takes, older.read().splitlines()))
+    tail.extend(filter(LogFilter(level).takes, file.read().splitlines()))
     while tail and sum(map(len, tail)) > MAX_CONTROL_BYTES // 2:
         tail = deque(list(tail)[len(tail) // 2 :])
     return list(tail)
@@ -13591,7 +13592,7 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
                 database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, key))
             database.execute("COMMIT")
     except (OSError, ValueError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         log_event("warning", "shared_login_not_updated", path=path, reason=reason)
 
 
@@ -13621,23 +13622,18 @@ def read_some_json(path: str) -> Json:
 
 def read_ide_login(path: str) -> Json:
     """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
-    body = read_json_file(path)
-    folder = os.path.dirname(path)
-    registration: Json = {}
-    name = get_str(body, "clientIdHash")
+    body, folder = read_json_file(path), os.path.dirname(path)
+    name, registration = get_str(body, "clientIdHash"), {}
     if re.fullmatch(r"[0-9a-f]{40}", name):
         registration = read_some_json(os.path.join(folder, f"{name}.json"))
     if not registration and get_str(body, "authMethod").lower() == "idc":
         files = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
         files = [file for file in files if file.get("clientId") and file.get("clientSecret")]
         registration = max(files, key=lambda file: read_time(file.get("expiresAt")), default={})
-    profile: Json = {}
-    if not either(body, "profile_arn"):
-        base = user_folder(os.environ, "XDG_CONFIG_HOME", ".config")
-        if sys.platform == "darwin":
-            base = user_folder({}, "", "Library/Application Support")
-        profile_path = f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json"
-        profile = read_some_json(profile_path)
+    base = user_folder(os.environ, "XDG_CONFIG_HOME", ".config")
+    if sys.platform == "darwin":
+        base = user_folder({}, "", "Library/Application Support")
+    profile = read_some_json(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
     return read_kiro_import(body, registration, profile)
 
 
@@ -13703,7 +13699,7 @@ IN_MEMORY = ":memory:"  # a path of SQLite's: usage that ends with the process
 class UsageStore:
     """The usage database.  Several processes may share one; each writes in batches.
 
-    What cannot be written now stays in memory, the latest MAX_WAITING_ANSWERS rows of it, and is
+    What cannot be written now stays in memory, the latest MAX_PENDING_REQUESTS rows of it, and is
     retried: no request ever waits for it.  To be used by one thread at a time.
     """
 
@@ -13858,10 +13854,10 @@ class UsageStore:
             self.merge(connection, "TRUE", f"'{OTHER}'")
             return True
 
-        is_done = bool(self.run(work))
-        if is_done:
-            self.pending = []
-        return is_done
+        if not self.run(work):
+            return False
+        self.pending = []
+        return True
 
     def report(self, query: UsageQuery, now: float) -> Json:
         """The response of `/v1/usage`, without what only a running gateway knows."""
@@ -13908,8 +13904,7 @@ class Ledger:
         self.thread.submit(int)  # starts the thread now: later the system may refuse one
         self.pending: list[UsageRecord] = []
         self.writing: asyncio.Future[Any] | None = None
-        #: monotonic time of the next write
-        self.due_at = math.inf
+        self.due_at = math.inf  #: monotonic time of the next write
         self.labels = NameTable(MAX_LABELS)
         self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
@@ -13978,9 +13973,8 @@ class Ledger:
             self.writing = None
             if writing.result() is not None:
                 self.spending.replace(writing.result())
-            if self.count_waiting():
-                self.due_at = loop.time() + USAGE_WRITE_SECONDS
-            else:
+            self.due_at = loop.time() + USAGE_WRITE_SECONDS
+            if not self.count_waiting():
                 self.due_at = math.inf
                 self.ticker.discard(self.tick)
 
@@ -14818,60 +14812,6 @@ class EchoProvider(Provider):
 # 15.3 Copilot
 
 
-async def ask_github(
-    client: HttpClient, config: CopilotConfig, path: str, github_token: str
-) -> tuple[int, Headers, bytes]:
-    """(status, headers, body) of a GET on GitHub's API; raises UpstreamError and the like."""
-    url = config.github_api_url.rstrip("/") + path
-    return await client.fetch("GET", url, exchange_headers(github_token), EXCHANGE_SECONDS)
-
-
-async def obtain_copilot_token(
-    client: HttpClient, config: CopilotConfig, github_token: str
-) -> CopilotToken:
-    """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
-    is_direct, status = github_token.startswith(PROGRAM_TOKENS), 404
-    if not is_direct:
-        path = "/copilot_internal/v2/token"
-        status, headers, data = await ask_github(client, config, path, github_token)
-        is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
-    if is_direct:
-        path = "/copilot_internal/user"
-        try:
-            status, headers, data = await ask_github(client, config, path, github_token)
-        except (UpstreamError, UpstreamTimeout) as error:
-            log_event("info", "account_unavailable", reason=error)
-            return direct_token(github_token, {}, config, time.time())
-    body = load_object(data) if status == 200 else None
-    if is_direct and status != 401:  # a fine-grained token may not ask this
-        return direct_token(github_token, body or {}, config, time.time())
-    if status != 200:
-        decision = classify_exchange_error(status, headers, data, time.time())
-        if isinstance(decision.error, NotSignedIn) and decision.action == "wait" and not is_direct:
-            raise Overloaded(decision.error.message)
-        raise decision.error
-    if body is None:
-        raise UpstreamError("GitHub's token response is not JSON.")
-    return read_token_response(body, config, time.time())
-
-
-async def ask_models(
-    client: HttpClient, token: CopilotToken, headers: dict[str, str]
-) -> Json | RetryDecision:
-    """The model list, or what a refusal of the token means; raises UpstreamError and the like."""
-    url = token.api_url + "/models"
-    status, _, data = await client.fetch("GET", url, headers, MODELS_SECONDS)
-    if status in (400, 401, 403, 421):
-        code = read_error_response(status, data)[0]
-        decision = classify(COPILOT_FAULTS, status, "", code, tail="")
-        if type(decision.error) is not InvalidRequest:
-            return decision
-    body = load_object(data) if status == 200 else None
-    if body is None:
-        raise UpstreamError(f"Copilot's model list came with status {status}.")
-    return body
-
-
 def saved_token(token: CopilotToken) -> Json:
     """What the token file holds of it."""
     return {
@@ -14898,7 +14838,7 @@ class CopilotAccount(Account[CopilotToken]):
         try:
             github_token = clean_token(get_str(content, "github_token"))
         except SignInFailed:
-            where = COPILOT_TOKEN_VARIABLE if self.file.given else self.file.path
+            where = COPILOT_TOKEN_VARIABLE if self.file.memory else self.file.path
             raise NotSignedIn(f"{where} holds no github_token.") from None
         if github_token != self.refresh_secret:
             if self.refresh_secret:
@@ -14915,18 +14855,48 @@ class CopilotAccount(Account[CopilotToken]):
         lifetime_s = positive_int(content.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
         return CopilotToken(token, url, expires_at, lifetime_s)
 
+    async def ask_github(self, path: str) -> tuple[int, Headers, bytes]:
+        """(status, headers, body) of a GET on GitHub's API; raises UpstreamError and the like."""
+        url = self.provider.config.github_api_url.rstrip("/") + path
+        headers = exchange_headers(self.refresh_secret)
+        return await self.provider.client.fetch("GET", url, headers, EXCHANGE_SECONDS)
+
+    async def fetch_token(self) -> CopilotToken:
+        """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS are used as they are."""
+        config, github_token = self.provider.config, self.refresh_secret
+        is_direct, status = github_token.startswith(PROGRAM_TOKENS), 404
+        if not is_direct:
+            status, headers, data = await self.ask_github("/copilot_internal/v2/token")
+            is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
+        if is_direct:
+            try:
+                status, headers, data = await self.ask_github("/copilot_internal/user")
+            except (UpstreamError, UpstreamTimeout) as error:
+                log_event("info", "account_unavailable", reason=error)
+                return direct_token(github_token, {}, config, time.time())
+        body = load_object(data) if status == 200 else None
+        if is_direct and status != 401:  # a fine-grained token may not ask this
+            return direct_token(github_token, body or {}, config, time.time())
+        if status != 200:
+            decision = classify_exchange_error(status, headers, data, time.time())
+            is_temporary = decision.action == "wait" and not is_direct
+            if is_temporary and isinstance(decision.error, NotSignedIn):
+                raise Overloaded(decision.error.message)
+            raise decision.error
+        if body is None:
+            raise UpstreamError("GitHub's token response is not JSON.")
+        return read_token_response(body, config, time.time())
+
     async def exchange(self, saved: CopilotToken | None) -> CopilotToken:
-        provider = self.provider
-        client, config, github_token = provider.client, provider.config, self.refresh_secret
         try:
-            token = await obtain_copilot_token(client, config, github_token)
+            token = await self.fetch_token()
         except NotSignedIn:
             self.cached = None
             self.file.save({"copilot_token": None})
             raise
         self.file.save(saved_token(token))
         host = split_url(token.api_url)[1]
-        log_event("info", "token_refreshed", provider=provider.name, host=host)
+        log_event("info", "token_refreshed", provider=self.provider.name, host=host)
         return token
 
     def use(self, token: CopilotToken) -> CopilotToken:
@@ -15095,6 +15065,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
 
 class CopilotProvider(AccountProvider[CopilotToken]):
     config: CopilotConfig
+    account: CopilotAccount
     account_class = CopilotAccount
     attempt_class = CopilotAttempt
 
@@ -15131,12 +15102,12 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             self.choices[key] = choice, expires_at
             return choice
         failure: ApiError | None = None
+        tier, prompt = self.config.auto_tier, prompt[:AUTO_PROMPT_CHARS]
         for path in list(self.auto_paths):
             if path == AUTO_UNNAMED:
                 return replace(model, dialects=("chat",))
             try:
-                tier, text = self.config.auto_tier, prompt[:AUTO_PROMPT_CHARS]
-                payload = auto_payload(path, text, has_image, tier)
+                payload = auto_payload(path, prompt, has_image, tier)
                 body = await self.post(path, payload, model, "model-access", AUTO_SECONDS)
                 if isinstance(body, RetryDecision):
                     raise body.error
@@ -15187,7 +15158,17 @@ class CopilotProvider(AccountProvider[CopilotToken]):
 
     async def fetch_models(self) -> dict[str, Model]:
         async def send(token: CopilotToken) -> Json | RetryDecision:
-            return await ask_models(self.client, token, self.headers(token, "model-access"))
+            url, headers = token.api_url + "/models", self.headers(token, "model-access")
+            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
+            if status in (400, 401, 403, 421):
+                code = read_error_response(status, data)[0]
+                decision = classify(COPILOT_FAULTS, status, "", code, tail="")
+                if type(decision.error) is not InvalidRequest:
+                    return decision
+            body = load_object(data) if status == 200 else None
+            if body is None:
+                raise UpstreamError(f"Copilot's model list came with status {status}.")
+            return body
 
         body = await self.ask(send)
         if isinstance(body, RetryDecision):
@@ -15231,9 +15212,8 @@ class CopilotProvider(AccountProvider[CopilotToken]):
 
     async def quota(self) -> Quota | None:
         self.account.load()
-        path, github_token = "/copilot_internal/user", self.account.refresh_secret
-        reply = await ask_github(self.client, self.config, path, github_token)
-        if reply[0] in (403, 404) and github_token.startswith(PROGRAM_TOKENS):
+        reply = await self.account.ask_github("/copilot_internal/user")
+        if reply[0] in (403, 404) and self.account.refresh_secret.startswith(PROGRAM_TOKENS):
             return None  # such tokens may not ask this
         if reply[0] != 200:
             raise classify_exchange_error(*reply, time.time()).error
@@ -15281,9 +15261,9 @@ class KiroAccount(Account[KiroLogin]):
         provider, login = self.provider, await super().get()
         if login.arn or login.kind not in ("idc", "external_idp"):
             return login
-        if provider.profiles is None:
-            await provider.find_profiles(login)
-        profiles = provider.profiles or {}
+        profiles = provider.profiles
+        if profiles is None:
+            profiles = await provider.find_profiles(login)
         if len(profiles) > 1:
             choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
             hint = f"Set profile_arn in [providers.{provider.name}] to one of: {choices}."
@@ -15341,13 +15321,7 @@ class KiroAccount(Account[KiroLogin]):
         source = get_dict(self.read_file(), "source")
         if source:
             await asyncio.to_thread(write_shared_login, source, changes, login.refresh)
-        return replace(
-            login,
-            access_token=changes.get("access_token", login.access_token),
-            refresh=changes.get("refresh_token", login.refresh),
-            expires_at=changes.get("expires_at", login.expires_at),
-            arn=self.provider.config.profile_arn or changes.get("profile_arn", login.arn),
-        )
+        return self.load()
 
 
 class KiroAttempt(Attempt[KiroLogin]):
@@ -15481,15 +15455,16 @@ class KiroAttempt(Attempt[KiroLogin]):
     async def next_endpoint(self, decision: RetryDecision) -> None:
         """Another host if one is busy; waits for it if there is no other."""
         failed, *endpoints = self.endpoints
-        if isinstance(decision.error, (Overloaded, Unreachable)):
+        is_busy = isinstance(decision.error, (Overloaded, Unreachable))
+        if is_busy:
             endpoints = [endpoint for endpoint in endpoints if endpoint.url != failed.url]
-            if not endpoints:
-                decision.action = "wait"
-                await self.repair(decision)
-                return
-        if not endpoints:
+        if endpoints:
+            self.endpoints = endpoints
+        elif is_busy:
+            decision.action = "wait"
+            await self.repair(decision)
+        else:
             raise decision.error
-        self.endpoints = endpoints
 
     async def change_shape(self, decision: RetryDecision) -> None:
         """The other client's shape: hosts differ in the ones that they accept (2026-09)."""
@@ -15547,12 +15522,11 @@ class KiroProvider(AccountProvider[KiroLogin]):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
         path, query = "/ListAvailableProfiles", dump_json({"maxResults": KIRO_PROFILES})
         for base in bases:
-            body = await self.ask_control(login, "POST", path, query, [base])
+            body = await self.ask_control(login, path, query, base)
             if isinstance(body, RetryDecision):
                 error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
-                if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    is_final = False
+                is_final &= not isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded))
                 continue
             for row in get_dicts(body, "profiles")[:KIRO_PROFILES]:
                 arn = row.get("arn")
@@ -15562,14 +15536,9 @@ class KiroProvider(AccountProvider[KiroLogin]):
         return profiles
 
     async def ask_control(
-        self,
-        login: KiroLogin,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        bases: Iterable[str] | None = None,
+        self, login: KiroLogin, path: str, body: bytes = b"", base: str = ""
     ) -> Json | RetryDecision:
-        """A response of the control plane: each host in turn, with both spellings of the path.
+        """The response of one host of the control plane, or of each in turn; a body is posted.
 
         `/getUsageLimits?a=b` is `/Get-Usage-Limits?a=b` on some hosts (pi, 2026-08).
         """
@@ -15577,24 +15546,23 @@ class KiroProvider(AccountProvider[KiroLogin]):
         kebab_name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:])
         headers = kiro_headers(login, "control", self.config.kiro_version, system_tag())
         headers["amz-sdk-request"] = "attempt=1; max=1"
+        method, seconds = "POST" if body else "GET", KIRO_CONTROL_SECONDS
         if body:
             headers["Content-Type"] = "application/json"
         decision = RetryDecision(UpstreamError("Kiro has no host for this."))
-        for base in kiro_control_urls(login, self.config) if bases is None else bases:
+        for host in [base] if base else kiro_control_urls(login, self.config):
             for spelling in (path, f"/{kebab_name}{separator}{query}"):
                 headers["amz-sdk-invocation-id"] = random_uuid()
                 try:
-                    status, response_headers, data = await self.client.fetch(
-                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
-                    )
+                    reply = await self.client.fetch(method, host + spelling, headers, seconds, body)
                 except (UpstreamError, UpstreamTimeout) as error:
                     decision = RetryDecision(error, "wait")
                     break
-                payload = load_object(data)
-                if status == 200 and payload is not None:
+                payload = load_object(reply[2])
+                if reply[0] == 200 and payload is not None:
                     return payload
-                decision = classify_kiro_error(status, response_headers, data, time.time())
-                if status not in (404, 405):
+                decision = classify_kiro_error(*reply, time.time())
+                if reply[0] not in (404, 405):
                     break
             if decision.action in ("", "refresh", "cool_down"):
                 break  # another host would refuse it, too
@@ -15607,7 +15575,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         for arn in dict.fromkeys((own_arn, "")):
             parameters = {**query, "profileArn": arn} if arn else query
             url = f"{path}?{urllib.parse.urlencode(parameters)}"
-            result = await self.ask(self.ask_control, "GET", url)
+            result = await self.ask(self.ask_control, url)
             if not isinstance(result, RetryDecision):
                 return result
             error = result.error
@@ -15710,8 +15678,6 @@ REVOKE_AT = {
     "external_idp": "your organisation's sign-in",
     "google": "https://app.kiro.dev and https://myaccount.google.com/connections",
     "github": "https://app.kiro.dev and https://github.com/settings/applications",
-    "social": "https://app.kiro.dev",
-    "api_key": "https://app.kiro.dev",
 }
 
 
@@ -15741,8 +15707,7 @@ class Console:
 
     async def read_some(self) -> bytes:
         """What standard input has, as soon as it has anything; b"" at EOF."""
-        loop, fd = asyncio.get_running_loop(), sys.stdin.fileno()
-        ready = asyncio.Event()
+        loop, fd, ready = asyncio.get_running_loop(), sys.stdin.fileno(), asyncio.Event()
         try:
             loop.add_reader(fd, ready.set)
         except (NotImplementedError, PermissionError):  # Windows; a plain file
@@ -15806,24 +15771,9 @@ def with_provider(where: str, name: str, settings: dict[str, str], text: str) ->
         if key not in table:
             text = change_setting(text, where, f"providers.{name}.{key}", value)
         elif table[key] != value:
-            raise ConfigError(
-                f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
-                "change it there, or take another --name"
-            )
+            reason = f"is {table[key]!r}, not {value!r}; change it there, or take another --name"
+            raise ConfigError(f"{where}: providers.{name}.{key}: {reason}")
     return text
-
-
-class DeviceFlow(NamedTuple):
-    """Where a device code is issued, and where it is redeemed for a token (RFC 8628)."""
-
-    service: str
-    code_url: str
-    code_request: Json
-    token_url: str
-    token_request: Json  #: without the code
-    code_key: str  #: in `token_request`
-    headers: dict[str, str]
-    problem: str = "issued no code"
 
 
 @dataclass(slots=True)
@@ -15871,7 +15821,7 @@ class SignInContext:
         with os_error_as(f"{path}: cannot be written", SignInFailed):
             make_private_dir(os.path.dirname(path))
             if not is_in_place(path):
-                with tempfile.TemporaryFile(dir=os.path.dirname(path), buffering=0) as file:
+                with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
                     file.write(bytes(64 * KIB))
 
     async def save(self, name: str, content: Json) -> None:
@@ -15881,6 +15831,7 @@ class SignInContext:
             async with file.lock():
                 with contextlib.suppress(ProgramError):  # a link, or unreadable: it is replaced
                     load_private_json(file.path, quarantines=True)
+                content = {key: v for key, v in content.items() if v not in ("", None)}
                 save_private_json(file.path, content)
 
     def show_terms(self, kind: str, name: str) -> None:
@@ -15911,22 +15862,30 @@ class SignInContext:
             raise SignInFailed(f"{service} {problem}: {reason}")
         return payload
 
-    async def run_device_flow(self, flow: DeviceFlow) -> Json:
-        """The token response after the user has entered a code; raises SignInFailed."""
-        service, headers, say = flow.service, flow.headers, self.console.say
-        payload = await self.fetch_json(
-            service, flow.code_url, headers, flow.code_request, flow.problem
-        )
+    async def run_device_flow(
+        self,
+        service: str,
+        headers: dict[str, str],
+        issuing: tuple[str, Json],
+        polling: tuple[str, Json],
+        code_key: str,
+        problem: str = "issued no code",
+    ) -> Json:
+        """The token response after the user has entered a code (RFC 8628); raises SignInFailed.
+
+        `issuing`, `polling`: (URL, body) of the requests; the latter gets the code as `code_key`.
+        """
+        say = self.console.say
+        payload = await self.fetch_json(service, issuing[0], headers, issuing[1], problem)
         device = read_device_code(payload, service)
         say(f"Open    {device.url}", f"and type    {device.user_code}", "")
         if device.url_complete:
             say(f"or open    {device.url_complete}    and compare the code", "")
         if self.browser and open_browser(device.url_complete or device.url):
             say("A browser should open by itself; any other, on any machine, will do.", "")
-        say(
-            f"Waiting for you; the code expires in {device.expires_in / 60:.0f} min, Ctrl-C cancels"
-        )
-        body = {**flow.token_request, flow.code_key: device.code}
+        minutes = device.expires_in / 60
+        say(f"Waiting for you; the code expires in {minutes:.0f} min, Ctrl-C cancels")
+        url, body = polling[0], {**polling[1], code_key: device.code}
         expires_at = time.monotonic() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
@@ -15934,7 +15893,7 @@ class SignInContext:
             poll = Poll("expired", {})
             try:
                 if time.monotonic() < expires_at:
-                    poll = classify_poll(*await self.post(service, flow.token_url, headers, body))
+                    poll = classify_poll(*await self.post(service, url, headers, body))
             except SignInFailed as error:
                 poll = Poll("unreachable", {}, str(error))
             if poll.state == "done":
@@ -15977,19 +15936,16 @@ async def sign_in_copilot(
     with context.adding_provider(name, "copilot", settings) as config:
         token = token or await offer_environment_token(context.console)
         if not token:
-            base = config.github_url.rstrip("/")
-            flow = DeviceFlow(
-                service="GitHub",
-                code_url=base + "/login/device/code",
-                code_request={"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE},
-                token_url=base + "/login/oauth/access_token",
-                token_request={"client_id": COPILOT_CLIENT_ID, "grant_type": DEVICE_GRANT},
+            base, client_id = config.github_url.rstrip("/"), {"client_id": COPILOT_CLIENT_ID}
+            payload = await context.run_device_flow(
+                "GitHub",
+                {"User-Agent": COPILOT_USER_AGENT},
+                (base + "/login/device/code", {**client_id, "scope": COPILOT_SCOPE}),
+                (base + "/login/oauth/access_token", {**client_id, "grant_type": DEVICE_GRANT}),
                 code_key="device_code",
-                headers={"User-Agent": COPILOT_USER_AGENT},
             )
-            payload = await context.run_device_flow(flow)
             token = clean_token(str(payload["access_token"]))
-        content, message = await check_copilot(context, config, token)
+        content, message = await check_copilot(context, name, config, token)
         await context.save(name, content)
     return message
 
@@ -16006,35 +15962,31 @@ async def offer_environment_token(console: Console) -> str:
 
 
 async def check_copilot(
-    context: SignInContext, config: CopilotConfig, token: str
+    context: SignInContext, name: str, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
     """(token file content, message for the user); raises NotSignedIn if it is refused."""
-    content: Json = {"type": "copilot", "github_token": token}
-    trouble = ""
+    provider = CopilotProvider(name, config, context.paths, context.client)
+    account, trouble = provider.account, ""
+    content = account.file.memory = {"type": "copilot", "github_token": token}
     try:
-        copilot_token = await obtain_copilot_token(context.client, config, token)
-        content |= saved_token(copilot_token)
-        if copilot_token.is_direct:  # nothing has been asked of Copilot yet
-            ids = (random_uuid(), *load_machine(context.paths))
-            headers = copilot_headers(copilot_token, config, ids, "model-access", random_uuid())
-            reply = await ask_models(context.client, copilot_token, headers)
-            if isinstance(reply, RetryDecision) and reply.action != "switch":
-                raise reply.error
+        if (await account.get()).is_direct:  # nothing has been asked of Copilot yet
+            await provider.fetch_models()
     except (NotSignedIn, Forbidden):
         raise
     except ApiError as error:
         trouble = f".  It could not be checked now; the first request will try it: {error}"
+    finally:
+        provider.close()
     try:
         for path in ("/user", "/copilot_internal/user"):
-            status, _, data = await ask_github(context.client, config, path, token)
+            status, _, data = await account.ask_github(path)
             user = load_object(data) or {} if status == 200 else {}
             content["login"] = content.get("login") or get_str(user, "login")
             content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
         trouble = trouble or f".  The account could not be read: {error}"
-    content = {key: value for key, value in content.items() if value not in ("", None)}
-    who = f"{content.get('login', '(unknown)')} at {split_url(config.github_url)[1]}"
-    plan = f", plan {content['plan']}" if "plan" in content else ""
+    who = f"{content.get('login') or '(unknown)'} at {split_url(config.github_url)[1]}"
+    plan = f", plan {content['plan']}" if content.get("plan") else ""
     return content, f"Signed in to Copilot as {who}{plan}{trouble}"
 
 
@@ -16084,32 +16036,18 @@ async def sign_in_kiro(
             content["machine_id"] = read_kiro_login(content).machine_id
         except ValueError as error:
             raise SignInFailed(f"Kiro's response is unusable: {error}") from None
-        return await save_kiro_sign_in(context, name, config, content)
+        message = await check_kiro(context, name, config, content)
+        await context.save(name, content)
+    return message
 
 
-async def save_kiro_sign_in(
-    context: SignInContext, name: str, config: KiroConfig, content: Json
-) -> str:
-    """Saves a sign-in; if Kiro refuses it, restores the old one and raises NotSignedIn."""
-    file = TokenFile(context.paths.token_file(name))
-    try:
-        previous = file.load()
-    except ProgramError:
-        previous = None  # damaged, or a symbolic link
-    await context.save(name, content)
-    try:
-        return await check_kiro(context, name, config)
-    except NotSignedIn:
-        if previous is None:
-            remove_file(file.path)
-        else:
-            await context.save(name, previous)
-        raise
+async def check_kiro(context: SignInContext, name: str, config: KiroConfig, content: Json) -> str:
+    """Tries and completes a new sign-in; returns a message for the user.
 
-
-async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> str:
-    """Tries a new sign-in; returns a message for the user.  Raises NotSignedIn if it is refused."""
+    Raises NotSignedIn if it is refused.
+    """
     provider = KiroProvider(name, config, context.paths, context.client)
+    provider.account.file.memory = content
     try:
         login = await Account.get(provider.account)
         if login.kind == "idc" and not login.arn and context.console.interactive:
@@ -16122,7 +16060,7 @@ async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> s
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
             raise
         return f"Signed in to Kiro.  It could not be checked: {error.text()}"
-    provider.account.file.save({"user": limits.account, "plan": limits.plan})
+    content |= {"user": limits.account, "plan": limits.plan}
     who = f" as {limits.account}" if limits.account else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
     rows = (row for row in limits.allowances if row.limit)
@@ -16150,17 +16088,14 @@ async def sign_in_at_aws(
     url, problem = base + "/client/register", "refuses the sign-in"
     client = await context.fetch_json("AWS", url, {}, registration, problem)
     credentials = {name: get_str(client, name) for name in ("clientId", "clientSecret")}
-    flow = DeviceFlow(
-        service="AWS",
-        code_url=base + "/device_authorization",
-        code_request={**credentials, "startUrl": start_url},
-        token_url=base + "/token",
-        token_request={**credentials, "grantType": DEVICE_GRANT},
+    payload = await context.run_device_flow(
+        "AWS",
+        {},
+        (base + "/device_authorization", {**credentials, "startUrl": start_url}),
+        (base + "/token", {**credentials, "grantType": DEVICE_GRANT}),
         code_key="deviceCode",
-        headers={},
         problem="issued no code (are the start URL and the region right?)",
     )
-    payload = await context.run_device_flow(flow)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -16184,9 +16119,8 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     if context.browser and open_browser(url):
         context.console.say("A browser should open by itself.", "")
     context.console.say(
-        "Where that browser cannot reach this machine, it will end at an address that begins",
-        f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
-        "and paste it here.",
+        "Where that browser cannot reach this machine, it will end at an address that begins with",
+        f"http://localhost:{listener.port}/ and an error: copy that address and paste it here.",
         "",
     )
     callback = await listener.wait(context.console)
@@ -16214,9 +16148,7 @@ class CallbackListener:
     """Waits on loopback for the browser's redirect, once, with the right state (RFC 8252)."""
 
     def __init__(self, ticker: Ticker, state: str, option: str) -> None:
-        self.ticker = ticker
-        self.state = state
-        self.option = option
+        self.ticker, self.state, self.option = ticker, state, option
         self.callback: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
         self.servers: list[Server] = []
         self.port = KIRO_PORTAL_PORTS[0]
@@ -16255,12 +16187,9 @@ class CallbackListener:
     @staticmethod
     def page(status: int, title: str, text: str) -> Response:
         """Fixed text, which repeats nothing from the request."""
-        headers = {
-            "Cache-Control": "no-store",
-            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
-            "Referrer-Policy": "no-referrer",
-            "Connection": "close",
-        }
+        policy = "default-src 'none'; style-src 'unsafe-inline'"
+        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        headers |= {"Cache-Control": "no-store", "Connection": "close"}
         body = CALLBACK_PAGE.format(title=title, text=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
@@ -16507,7 +16436,8 @@ async def import_login(context: SignInContext, login: FoundLogin, name: str) -> 
         host = "" if fits else login.host
         return await sign_in_copilot(context, name, host, login.content["github_token"])
     with context.adding_provider(name, "kiro", {}) as config:
-        message = await save_kiro_sign_in(context, name, config, login.content)
+        message = await check_kiro(context, name, config, login.content)
+        await context.save(name, login.content)
     return f"{message}.  It stays shared with {login.program}: refreshed tokens are written back."
 
 
@@ -16572,7 +16502,7 @@ async def revoke_login(context: SignInContext, name: str) -> str:
     if not removed:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     lines = [f"Removed {', '.join(removed)}.  A running gateway stops using it."]
-    lines.append(f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}")
+    lines.append(f"To end it at the vendor as well: {REVOKE_AT.get(kind, 'https://app.kiro.dev')}")
     if entry is not None and name not in PROVIDER_CONFIGS:
         lines.append(f"To remove the provider as well: {program_command()} provider remove {name}")
     return "  ".join(lines)
