@@ -14197,12 +14197,10 @@ class Breaker:
         now, rows = time.monotonic(), []
         for key, item in self.cooldowns.items():
             if item.blocks(now):
-                recovers_at = (
-                    int(time.time() + item.recovers_at - now) if item.recovers_at else None
-                )
+                at = int(time.time() + item.recovers_at - now) if item.recovers_at else None
                 row: Json = {"model": key or "*", "seconds": max(0, math.ceil(item.until - now))}
                 row |= {"kind": item.error.kind, "reason": item.error.text()}
-                rows.append({**row, "recovers_at": recovers_at, "probing": item.probing})
+                rows.append({**row, "recovers_at": at, "probing": item.probing})
         return rows
 
 
@@ -14563,7 +14561,7 @@ class AccountProvider(Provider, Generic[Token]):
         if action == "cool_down" and not wait_s:
             wait_s = MAX_COOLDOWN_SECONDS
         key = "" if decision.account_wide else model_id
-        length_s = self.breaker.open(key, error, wait_s, decision.resets_in or requested_s)
+        length_s = self.breaker.open(key, error, wait_s, decision.resets_in or decision.wait_s)
         if not error.retry_after and isinstance(error, RateLimited):
             error.retry_after = length_s
 
