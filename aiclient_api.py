@@ -404,7 +404,6 @@ DEVICE_SLOWER_SECONDS = 5.0  # what slow_down adds: RFC 8628 section 3.5
 CALLBACK_SECONDS = 300.0  # for the browser's redirect; the portal itself waits for 10 minutes
 LOCK_SECONDS = 45.0  # another process's refresh takes KIRO_REFRESH_SECONDS at most
 LOCK_POLL_SECONDS = 0.05
-TOKEN_CACHE_SECONDS = 1.0  # between reads of a token file for display
 SAVE_RETRY_SECONDS = 30.0  # before a failed write of a token is retried
 CLOCK_JUMP_SECONDS = 30.0  # wall clock against monotonic: beyond this the machine has slept
 
@@ -496,10 +495,6 @@ class BadSetting(ConfigError):
 
 class SignInFailed(ProgramError):
     """Sign-in failed; nothing was changed."""
-
-
-class CodeExpired(SignInFailed):
-    """The device code expired; a new one may be requested."""
 
 
 class NotRunning(ProgramError):
@@ -13584,9 +13579,7 @@ def load_config_text(path: str) -> str:
     """The file with its line endings; "" if there is none.  Raises ConfigError."""
     with os_error_as(f"{path}: cannot be read", ConfigError):
         try:
-            with os.fdopen(
-                open_trusted(path, "O_RDONLY"), encoding="utf-8-sig", newline=""
-            ) as file:
+            with os.fdopen(open_trusted(path), encoding="utf-8-sig", newline="") as file:
                 return file.read()
         except FileNotFoundError:
             return ""
@@ -13605,7 +13598,7 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     path = paths.config_file
     config = read_config_text(load_config_text(path), path)
     if config.api_keys or any(map(is_secret_setting, config.origins)):
-        with os.fdopen(open_trusted(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_trusted(path), "rb") as file:
             make_private(file.fileno(), path, "config_file_with_secrets")
     ignored = apply_environment(config, environ)
     if ignored:
@@ -13654,16 +13647,14 @@ def is_in_place(path: str) -> bool:
 def write_in_place(path: str, data: bytes) -> None:
     """Overwrites a file that cannot be replaced; raises OSError.
 
-    A line goes to the end first, and then to the start: `read_private_object` finds the new one, or
-    if that was never complete the old one, wherever this was interrupted.
+    The data go to the end first, and then to the start: `read_private_object` finds the new line,
+    or if that was never complete the old one, wherever this was interrupted.
     """
     with os.fdopen(open_regular(path, "O_RDWR", "O_NOFOLLOW"), "r+b") as file:
         check_owner(path, os.fstat(file.fileno()))
         restrict_to_owner(file.fileno())
-        writes = [(0, data)]
-        if data.find(b"\n") == len(data) - 1:
-            writes.insert(0, (max(file.seek(0, os.SEEK_END), len(data)), b"\n" + data))
-        for offset, part in writes:
+        end = max(file.seek(0, os.SEEK_END), len(data))
+        for offset, part in ((end, b"\n" + data), (0, data)):
             file.seek(offset)
             file.write(part)
             file.flush()
@@ -13710,41 +13701,33 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
-def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
-    """Replaces the text by `edit(text)`, under a lock, unless that raises; raises ConfigError."""
+def edit_config(
+    paths: Paths, edit: Callable[[str], str], environ: dict[str, str] | None = None
+) -> None:
+    """Replaces the text by `edit(text)`, which with `environ` must be valid; raises ConfigError."""
     path = paths.config_file
-    try:
+    with os_error_as(f"{path}: cannot be written", ConfigError), contextlib.ExitStack() as stack:
         make_private_dir(paths.config_dir)
         folder_fd = os.open(paths.config_dir, os.O_RDONLY)
+        stack.callback(os.close, folder_fd)
+        if fcntl is not None:
+            fcntl.flock(folder_fd, fcntl.LOCK_EX)
+        text = edit(load_config_text(path))
+        if environ is not None:
+            config = read_config_text(text, path)
+            apply_environment(config, environ)
+            check_exposure(config)
         try:
-            if fcntl is not None:
-                fcntl.flock(folder_fd, fcntl.LOCK_EX)
-            text = edit(load_config_text(path))
             # Follows a symbolic link: dotfile managers make them.
             replace_file(os.path.realpath(path), text.encode())
-        finally:
-            os.close(folder_fd)
-    except UnicodeEncodeError:
-        raise ConfigError(f"{path}: a setting must be valid UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def check_edit(text: str, path: str, environ: dict[str, str]) -> str:
-    """Returns `text`, unless it raises ConfigError."""
-    config = read_config_text(text, path)
-    apply_environment(config, environ)
-    check_exposure(config)
-    return text
+        except UnicodeEncodeError:
+            raise ConfigError(f"{path}: a setting must be valid UTF-8") from None
 
 
 def change_config(paths: Paths, environ: dict[str, str], key: str, value: str | None) -> None:
     """Sets one key, or removes it; on ConfigError nothing has changed."""
     path = paths.config_file
-
-    edit_config(
-        paths, lambda text: check_edit(change_setting(text, path, key, value), path, environ)
-    )
+    edit_config(paths, lambda text: change_setting(text, path, key, value), environ)
 
 
 def no_provider(name: str, names: Iterable[str]) -> WrongUsage:
@@ -13760,10 +13743,7 @@ def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: s
 
 
 def open_state(paths: Paths, *, is_required: bool = True) -> bool:
-    """Creates the state folder; raises ProgramError.
-
-    Unless `is_required`, returns False if nothing can be written there, as in a container.
-    """
+    """Creates the state folder; False if it is not `is_required` and nothing can be written."""
     try:
         make_private_dir(paths.state_dir)
         if os.path.isdir(paths.bytecode_dir):
@@ -13795,12 +13775,9 @@ def read_private_object(data: bytes) -> Json | None:
 
 
 def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
-    """None if there is no file; takes access away from others.  Raises ProgramError.
-
-    `quarantines`: renames a damaged file, and returns None.
-    """
+    """None if there is no file, or it was damaged and is set aside.  Raises ProgramError."""
     try:
-        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+        with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
                 log_event("warning", "token_file_was_readable", path=path)
             value = read_private_object(file.read(MIB))
@@ -13862,31 +13839,28 @@ class TokenFile:
 
     path: str
     identity: tuple[int, ...] = ()  #: `file_identity` as of the last read or write
-    given: str = ""  #: a GitHub token instead of the file's: nothing is read or written
+    #: takes the place of the file, which is neither read nor written
+    memory: Json | None = None
     user: str = ""  #: the account's name, as of the last read
     refused: bool = False  #: by the service, as of the last read
     #: changes not written yet: they must not be lost, as a rotated token is issued only once
     unsaved: Json = field(default_factory=dict)
     retry_save_at: float = 0.0  #: monotonic
-    #: of `peek`: (identity of the file, monotonic expiry, result)
-    peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[str]:
-        """A lock between processes; yields its path.  The kernel releases it if the holder dies.
+        """A lock between processes, where one is possible; yields its path.
 
-        It is the sign-in itself where containers may share that file but not its folder.  Nothing
-        is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
+        It is the sign-in itself where containers may share that file but not its folder.  Raises
+        Overloaded after LOCK_SECONDS.
         """
-        path = os.path.join(os.path.dirname(self.path), "token.lock")
-        if self.given:
-            yield path
-            return
-        path = self.path if is_in_place(self.path) else path
+        folder = os.path.dirname(self.path)
+        path = self.path if is_in_place(self.path) else os.path.join(folder, "token.lock")
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
-            make_private_dir(os.path.dirname(path))
-            while fcntl is not None and (fd := lock_file(path)) is None:
+            if self.memory is None:
+                make_private_dir(folder)
+            while fcntl and self.memory is None and (fd := lock_file(path)) is None:
                 if time.monotonic() > deadline:
                     raise Overloaded(f"Another process has locked {path} for too long.")
                 await asyncio.sleep(LOCK_POLL_SECONDS)
@@ -13905,14 +13879,12 @@ class TokenFile:
             self.unsaved = {}  # a newer file wins
             return True
         if time.monotonic() >= self.retry_save_at:
-            self.flush()
+            self.save({})
         return False
 
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
-        if self.given:
-            return {"github_token": self.given, "login": f"({COPILOT_TOKEN_VARIABLE})"}
-        content = load_private_json(self.path)
+        content = load_private_json(self.path) if self.memory is None else self.memory
         if content is None:
             return None
         content |= self.unsaved
@@ -13920,25 +13892,16 @@ class TokenFile:
         self.refused = bool(content.get("refused"))
         return content
 
-    def peek(self) -> Json | None:
-        """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
-        now, identity = time.monotonic(), file_identity(self.path)
-        cached_identity, expires_at, content = self.peeked
-        if now >= expires_at or identity != cached_identity:
-            try:
-                content = self.load()
-            except ProgramError as error:
-                content = error
-            self.peeked = identity, now + TOKEN_CACHE_SECONDS, content
-        if isinstance(content, ProgramError):
-            raise content.with_traceback(None)
-        return None if content is None else dict(content)
-
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
+        if self.memory is not None:
+            self.memory |= changes
+            return
         self.unsaved = {**self.unsaved, **changes}
-        if self.given or (self.identity and not file_identity(self.path)):
-            self.unsaved = {}  # or revoked meanwhile
+        if not self.unsaved:
+            return
+        if self.identity and not file_identity(self.path):
+            self.unsaved = {}  # revoked meanwhile
             return
         try:
             content = load_private_json(self.path, quarantines=True) or {}
@@ -13952,15 +13915,6 @@ class TokenFile:
         self.unsaved = {}
         self.identity = file_identity(self.path)
 
-    def flush(self) -> None:
-        if self.unsaved:
-            self.save({})
-
-    def replace(self, content: Json) -> None:
-        with contextlib.suppress(ProgramError):  # a link, or unreadable: only its name is reused
-            load_private_json(self.path, quarantines=True)
-        save_private_json(self.path, content)
-
     def remove(self) -> list[str]:
         """Deletes the sign-in and its damaged copies; returns their paths.  Raises OSError."""
         folder = os.path.dirname(self.path)
@@ -13973,9 +13927,12 @@ class TokenFile:
         return paths
 
 
-def copilot_token_file(paths: Paths, name: str) -> TokenFile:
-    token = os.environ.get(COPILOT_TOKEN_VARIABLE, "").strip() if name == "copilot" else ""
-    return TokenFile(paths.token_file(name), given=token)
+def token_file(paths: Paths, name: str) -> TokenFile:
+    """A provider's sign-in, maybe from the environment."""
+    file, token = TokenFile(paths.token_file(name)), os.environ.get(COPILOT_TOKEN_VARIABLE, "")
+    if name == "copilot" and token.strip():
+        file.memory = {"github_token": token.strip(), "login": f"({COPILOT_TOKEN_VARIABLE})"}
+    return file
 
 
 def random_uuid() -> str:
@@ -13987,8 +13944,8 @@ def load_machine(paths: Paths) -> tuple[str, str]:
     path = paths.machine_file
     try:
         saved = load_private_json(path) or {}
-        machine, device = saved.get("machine_id"), saved.get("device_id")
-        if isinstance(machine, str) and isinstance(device, str):
+        machine, device = get_str(saved, "machine_id"), get_str(saved, "device_id")
+        if machine and device:
             return machine, device
     except ProgramError as error:
         log_event("warning", "machine_file_unusable", reason=error)
@@ -14021,7 +13978,7 @@ class LogFilter:
 def open_log(path: str) -> TextIO:
     """Raises ProgramError."""
     try:
-        return os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8", errors="replace")
+        return os.fdopen(open_regular(path), encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise ProgramError(f"{path}: no log yet") from None
     except OSError as error:
@@ -14031,21 +13988,13 @@ def open_log(path: str) -> TextIO:
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
     """The last lines of a log: of rotated files, then of `file`, read to its end."""
     tail: deque[str] = deque(maxlen=min(max(lines, 0), MAX_LOG_LINES))
-    with contextlib.ExitStack() as stack:
-        files = [file]
-        for index in range(1, LOG_FILES):
-            with contextlib.suppress(ProgramError):
-                files.insert(0, stack.enter_context(open_log(f"{path}.{index}")))
-        for log in files:
-            tail.extend(filter(LogFilter(level).takes, log.read().splitlines()))
+    for index in range(LOG_FILES - 1, 0, -1):
+        with contextlib.suppress(ProgramError), open_log(f"{path}.{index}") as older:
+            tail.extend(filter(LogFilter(level).takes, older.read().splitlines()))
+    tail.extend(filter(LogFilter(level).takes, file.read().splitlines()))
     while tail and sum(map(len, tail)) > MAX_CONTROL_BYTES // 2:
         tail = deque(list(tail)[len(tail) // 2 :])
     return list(tail)
-
-
-def load_log_tail(path: str, lines: int, level: str) -> list[str]:
-    with open_log(path) as file:
-        return read_log_tail(file, path, lines, level)
 
 
 # 14.2 sign-ins shared with other programs
@@ -14053,7 +14002,7 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
 
 def read_json_file(path: str) -> Json:
     """The object in another program's file; raises OSError and ValueError."""
-    with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         body = load_object(file.read(MIB))
     if body is None:
         raise ValueError("it is not a JSON object")
@@ -14099,22 +14048,18 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
                 database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, key))
             database.execute("COMMIT")
     except (OSError, ValueError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         log_event("warning", "shared_login_not_updated", path=path, reason=reason)
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """Another program's database, which must exist; raises sqlite3.Error and OSError.
-
-    SQLite creates a file beside it to read it, unless told that nobody writes: its write-ahead log
-    is not there.
-    """
-    os.close(open_regular(path, "O_RDONLY"))
+    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
+    os.close(open_regular(path))
     path = os.path.realpath(path)
     url = f"file:{urllib.parse.quote(path)}?mode={mode}"
     has_log = os.path.exists(f"{path}-wal") and os.path.getsize(f"{path}-wal")
     if mode == "ro" and not has_log and not os.access(os.path.dirname(path), os.W_OK):
-        url += "&immutable=1"
+        url += "&immutable=1"  # otherwise SQLite creates a file beside it
     return sqlite3.connect(url, uri=True, timeout=SHARED_WAIT_SECONDS, isolation_level=None)
 
 
@@ -14133,23 +14078,18 @@ def read_some_json(path: str) -> Json:
 
 def read_ide_login(path: str) -> Json:
     """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
-    body = read_json_file(path)
-    folder = os.path.dirname(path)
-    registration: Json = {}
-    name = get_str(body, "clientIdHash")
+    body, folder = read_json_file(path), os.path.dirname(path)
+    name, registration = get_str(body, "clientIdHash"), {}
     if re.fullmatch(r"[0-9a-f]{40}", name):
         registration = read_some_json(os.path.join(folder, f"{name}.json"))
     if not registration and get_str(body, "authMethod").lower() == "idc":
         files = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
         files = [file for file in files if file.get("clientId") and file.get("clientSecret")]
         registration = max(files, key=lambda file: read_time(file.get("expiresAt")), default={})
-    profile: Json = {}
-    if not either(body, "profile_arn"):
-        base = user_folder(os.environ, "XDG_CONFIG_HOME", ".config")
-        if sys.platform == "darwin":
-            base = user_folder({}, "", "Library/Application Support")
-        profile_path = f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json"
-        profile = read_some_json(profile_path)
+    base = user_folder(os.environ, "XDG_CONFIG_HOME", ".config")
+    if sys.platform == "darwin":
+        base = user_folder({}, "", "Library/Application Support")
+    profile = read_some_json(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
     return read_kiro_import(body, registration, profile)
 
 
@@ -14161,10 +14101,7 @@ CLI_ROWS = {
 
 
 def read_cli_login(database: sqlite3.Connection, key: str) -> Json:
-    """Our token file's content for a row of kiro-cli or Amazon Q.
-
-    Where there is no start URL a sign-in is Builder ID's.  Raises ValueError and sqlite3.Error.
-    """
+    """Our token file's content for a row of kiro-cli or Amazon Q; raises ValueError and such."""
     body = read_row(database, "auth_kv", key)
     registration_key = key.rpartition(":")[0] + ":device-registration"
     registration = read_row(database, "auth_kv", registration_key)
@@ -14182,8 +14119,8 @@ def read_cli_login(database: sqlite3.Connection, key: str) -> Json:
 
 USAGE_VERSION = 2
 USAGE_KEYS = (*USAGE_NAMES, "shown", "spent")
-USAGE_COLUMNS = ("at", *USAGE_KEYS, *USAGE_DETAILS, *USAGE_FIGURES)
 USAGE_SUM_COLUMNS = ("at", *USAGE_KEYS, *USAGE_FIGURES)
+USAGE_COLUMNS = (*USAGE_SUM_COLUMNS, *USAGE_DETAILS)
 USAGE_SCHEMA = f"""
     BEGIN IMMEDIATE;
     -- a request, or the sum of a day's: shown in reports, spent as the caps see it
@@ -14197,10 +14134,6 @@ USAGE_SCHEMA = f"""
 """
 INSERT_REQUEST = f"""
     INSERT INTO requests ({", ".join(USAGE_COLUMNS)}) VALUES (:{", :".join(USAGE_COLUMNS)})
-"""
-INSERT_SUM = f"""
-    INSERT INTO requests ({", ".join(USAGE_SUM_COLUMNS)})
-    VALUES ({", ".join("?" * len(USAGE_SUM_COLUMNS))})
 """
 # `total` adds numbers of any size; `sum` fails beyond 2**63.
 USAGE_TOTALS = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in USAGE_FIGURES)
@@ -14222,7 +14155,7 @@ IN_MEMORY = ":memory:"  # a path of SQLite's: usage that ends with the process
 class UsageStore:
     """The usage database.  Several processes may share one; each writes in batches.
 
-    What cannot be written now stays in memory, the latest MAX_WAITING_ANSWERS rows of it, and is
+    What cannot be written now stays in memory, the latest MAX_PENDING_REQUESTS rows of it, and is
     retried: no request ever waits for it.  To be used by one thread at a time.
     """
 
@@ -14272,10 +14205,7 @@ class UsageStore:
     def run(
         self, work: Callable[[sqlite3.Connection], Result], mode: str = "IMMEDIATE"
     ) -> Result | None:
-        """The result of `work` in a transaction; None if that failed and no rescue helped.
-
-        With the mode DEFERRED it only reads, and waits for no other process.
-        """
+        """The result of `work` in a transaction; None if that failed and no rescue helped."""
         for can_rescue in (True, False):
             try:
                 connection = self.open()
@@ -14363,12 +14293,12 @@ class UsageStore:
     def merge(connection: sqlite3.Connection, condition: str, model: str = "model") -> None:
         """Replaces the rows that meet a condition by one for each day and name."""
         keys = ", ".join(USAGE_KEYS).replace("model", model)
-        rows = connection.execute(
-            f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition} "
-            f"GROUP BY {DAY_SQL}, {keys}"
-        ).fetchall()
+        sums = f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition}"
+        rows = connection.execute(f"{sums} GROUP BY {DAY_SQL}, {keys}").fetchall()
         connection.execute(f"DELETE FROM requests WHERE {condition}")
-        connection.executemany(INSERT_SUM, rows)
+        places = ", ".join("?" * len(USAGE_SUM_COLUMNS))
+        columns = ", ".join(USAGE_SUM_COLUMNS)
+        connection.executemany(f"INSERT INTO requests ({columns}) VALUES ({places})", rows)
 
     def reset(self) -> bool:
         """Deletes all but what caps need; False if that failed and nothing was deleted."""
@@ -14380,10 +14310,10 @@ class UsageStore:
             self.merge(connection, "TRUE", f"'{OTHER}'")
             return True
 
-        is_done = bool(self.run(work))
-        if is_done:
-            self.pending = []
-        return is_done
+        if not self.run(work):
+            return False
+        self.pending = []
+        return True
 
     def report(self, query: UsageQuery, now: float) -> Json:
         """The response of `/v1/usage`, without what only a running gateway knows."""
@@ -14404,6 +14334,7 @@ class UsageStore:
             recent = [request_row(dict(zip(USAGE_COLUMNS, row, strict=True))) for row in rows]
             return first, *totals, recent
 
+        # DEFERRED: it waits for no other process.
         first, models, groups, recent = self.run(work, "DEFERRED") or (None, [], [], [])
         report = {**usage_report(models), "since": first, "until": int(now)}
         if query.by:
@@ -14429,8 +14360,7 @@ class Ledger:
         self.thread.submit(int)  # starts the thread now: later the system may refuse one
         self.pending: list[UsageRecord] = []
         self.writing: asyncio.Future[Any] | None = None
-        #: monotonic time of the next write
-        self.due_at = math.inf
+        self.due_at = math.inf  #: monotonic time of the next write
         self.labels = NameTable(MAX_LABELS)
         self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
@@ -14499,9 +14429,8 @@ class Ledger:
             self.writing = None
             if writing.result() is not None:
                 self.spending.replace(writing.result())
-            if self.count_waiting():
-                self.due_at = loop.time() + USAGE_WRITE_SECONDS
-            else:
+            self.due_at = loop.time() + USAGE_WRITE_SECONDS
+            if not self.count_waiting():
                 self.due_at = math.inf
                 self.ticker.discard(self.tick)
 
@@ -14607,25 +14536,23 @@ class Catalogue:
         """Keeps models missing from the new list for a while: even entitled ones may be missing."""
         try:
             fetched = await self.fetch()
-        except Exception as error:  # noqa: BLE001 - other providers' models are still listed
-            is_api_error = isinstance(error, ApiError)
-            reason = error if is_api_error else internal_error("a model list could not be read")
-            now, facts = time.monotonic(), {"provider": self.provider, "reason": reason}
-            if self.models:
-                log_event("warning", "models_not_refreshed", **facts)
-                self.fetched_at = now
-            elif self.built_in and not isinstance(reason, NotSignedIn):
-                log_event("warning", "models_unavailable", **facts)
+        except Exception as error:  # other providers' models are still listed
+            if not isinstance(error, ApiError):
+                error = internal_error("a model list could not be read")
+            if not self.models and (not self.built_in or isinstance(error, NotSignedIn)):
+                raise error from None
+            event = "models_not_refreshed" if self.models else "models_unavailable"
+            log_event("warning", event, provider=self.provider, reason=error)
+            self.fetched_at = time.monotonic()
+            if not self.models:
                 self.models = ModelList(self.built_in)
-                self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
-            else:
-                raise reason from None
+                self.fetched_at -= MODELS_FRESH_SECONDS - MODELS_RETRY_SECONDS
             return
-        self.fetched_at = time.monotonic()
-        oldest, listed_at = self.fetched_at - MODELS_STALE_SECONDS, self.listed_at
-        retained = {k: v for k, v in self.models.items() if listed_at.get(k, -math.inf) > oldest}
-        self.listed_at |= dict.fromkeys(fetched, self.fetched_at)
-        self.models = ModelList({**retained, **fetched})
+        now = self.fetched_at = time.monotonic()
+        listed_at = {k: at for k, at in self.listed_at.items() if now - at < MODELS_STALE_SECONDS}
+        retained = {k: v for k, v in self.models.items() if k in listed_at}
+        self.listed_at = listed_at | dict.fromkeys(fetched, now)
+        self.models = ModelList(retained | fetched)
 
 
 @dataclass(slots=True, eq=False)
@@ -14645,8 +14572,7 @@ class Cooldown:
 class Breaker:
     """One circuit breaker per key: a model, "" for the whole account, or a sign-in's secret.
 
-    After a cool-down one request probes (half-open); the others fail until it has finished:
-    clients' retries would make matters worse.
+    After a cool-down one request probes (half-open); the others fail until it has finished.
     """
 
     provider: str = ""  #: for the log; "" logs nothing
@@ -14667,26 +14593,22 @@ class Breaker:
     def open(
         self, key: str, error: ApiError, wait_s: float | None = None, resets_in: float | None = None
     ) -> float:
-        """Starts a cool-down; returns its seconds.
+        """Starts a cool-down of `wait_s`, or one that doubles up to `max_s`; returns its seconds.
 
-        Without `wait_s` it doubles each time, up to `max_s`.  `resets_in`: seconds to the
-        expected recovery, if known.
+        `resets_in`: seconds to the expected recovery, if known.
         """
-        now = time.monotonic()
+        now, length_s, until = time.monotonic(), self.first_s, 0.0
         previous = self.find(key, now)
-        if not wait_s:
-            wait_s = self.first_s
-            if previous is not None:
-                wait_s = previous.length_s * (2 if previous.until <= now else 1)
-            wait_s = min(wait_s, self.max_s)
-        length_s = max(wait_s, 1.0)
-        until = max(now + length_s, previous.until if previous is not None else 0.0)
+        if previous is not None:
+            until = previous.until
+            length_s = min(previous.length_s * (2 if until <= now else 1), self.max_s)
+        length_s = max(wait_s or length_s, 1.0)
         resets_in = error.retry_after if resets_in is None else resets_in
+        recovers_at = now + resets_in if resets_in else 0.0
         self.cooldowns.pop(key, None)
         if len(self.cooldowns) >= MAX_COOLDOWNS:
             del self.cooldowns[next(filter(None, self.cooldowns))]  # the oldest one of a model
-        recovers_at = now + resets_in if resets_in else 0.0
-        self.cooldowns[key] = Cooldown(error, until, recovers_at, length_s)
+        self.cooldowns[key] = Cooldown(error, max(now + length_s, until), recovers_at, length_s)
         if self.provider:
             facts = {"provider": self.provider, "model": key or "*", "kind": error.kind}
             log_event("info", "cooldown_started", **facts, seconds=math.ceil(length_s))
@@ -14699,11 +14621,8 @@ class Breaker:
             if cooldown is not None and cooldown.blocks(now):
                 error, wait_s = cooldown.error, None
                 if error.retry_after is not None:
-                    wait_s = max(
-                        cooldown.recovers_at - now,
-                        cooldown.until - now,
-                        OVERLOAD_BACKOFF_SECONDS[0],
-                    )
+                    ends_at = max(cooldown.recovers_at, cooldown.until)
+                    wait_s = max(ends_at - now, OVERLOAD_BACKOFF_SECONDS[0])
                 raise error.with_hint(error.hint, wait_s)
 
     def guarded(self, key: str) -> contextlib.AbstractContextManager[None]:
@@ -14731,20 +14650,14 @@ class Breaker:
         `seconds` to the next probe, 0 during one; `recovers_at`: Unix seconds of the expected
         recovery, None if unknown.
         """
-        now = time.monotonic()
-        wall_offset = time.time() - now
-        return [
-            {
-                "model": key or "*",
-                "seconds": max(0, math.ceil(item.until - now)),
-                "kind": item.error.kind,
-                "reason": item.error.text(),
-                "recovers_at": int(wall_offset + item.recovers_at) if item.recovers_at else None,
-                "probing": item.probing,
-            }
-            for key, item in self.cooldowns.items()
-            if item.blocks(now)
-        ]
+        now, rows = time.monotonic(), []
+        for key, item in self.cooldowns.items():
+            if item.blocks(now):
+                at = int(time.time() + item.recovers_at - now) if item.recovers_at else None
+                row: Json = {"model": key or "*", "seconds": max(0, math.ceil(item.until - now))}
+                row |= {"kind": item.error.kind, "reason": item.error.text()}
+                rows.append({**row, "recovers_at": at, "probing": item.probing})
+        return rows
 
 
 class QuotaWatch:
@@ -14857,10 +14770,6 @@ class Provider:
         """The catalogue by id, cached while fresh; raises ApiError."""
         return await self.catalogue.get(refresh)
 
-    def listed(self) -> dict[str, Model] | None:
-        """The catalogue, if it is cached and fresh."""
-        return self.catalogue.listed()
-
     async def fetch_models(self) -> dict[str, Model]:
         raise NotImplementedError
 
@@ -14889,18 +14798,13 @@ class Provider:
         return ()
 
     def status(self) -> Json:
-        """The current state, without asking the service.
+        """The current state, without asking the service; times in Unix seconds.
 
-        `{"health": "ready" | "cooling down" | "failing" | "not signed in", "reason": TEXT,
-        "token_expires_at": Unix seconds, "cooldowns": Breaker.rows()}`
+        `health`: ready, cooling down, failing or not signed in.
         """
-        cooldowns = self.breaker.rows()
-        return {
-            "health": "cooling down" if cooldowns else "ready",
-            "reason": "",
-            "token_expires_at": None,
-            "cooldowns": cooldowns,
-        }
+        rows = self.breaker.rows()
+        health = "cooling down" if rows else "ready"
+        return {"health": health, "reason": "", "token_expires_at": None, "cooldowns": rows}
 
     async def quota(self) -> Quota | None:
         """What is left of the plan, from the service; None if there is none.  Raises ApiError."""
@@ -14926,7 +14830,7 @@ def advising(provider: Provider, model_id: str = "") -> Iterator[None]:
         error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
         raise
     except ModelNotFound as error:
-        models = provider.listed() or {}
+        models = provider.catalogue.listed() or {}
         similar = nearest(model_spellings(model_id)[-1], models) if model_id not in models else []
         if not model_id or not similar:
             raise
@@ -14944,7 +14848,7 @@ class Account(Generic[Token]):
 
     def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
         self.provider: AccountProvider[Token] = provider
-        self.file = TokenFile(paths.token_file(provider.name))
+        self.file = token_file(paths, provider.name)
         self.lock = asyncio.Lock()
         self.cached: Token | None = None
         self.stale_at = 0.0  #: monotonic: a wall clock set back must not make a token immortal
@@ -14956,13 +14860,13 @@ class Account(Generic[Token]):
         self.tasks: set[asyncio.Task[Any]] = set()
         self.used = False  #: since the last refresh in the background
 
-    def load(self, *, cached: bool = False) -> Token | None:
+    def load(self) -> Token | None:
         """The token in the file, if it holds one that can be used; raises NotSignedIn."""
         raise NotImplementedError
 
-    def read_file(self, *, cached: bool = False) -> Json:
+    def read_file(self) -> Json:
         try:
-            content = self.file.peek() if cached else self.file.load()
+            content = self.file.load()
         except ProgramError as error:
             raise NotSignedIn(f"{error}.") from None
         if content is None:
@@ -15069,7 +14973,7 @@ class Account(Generic[Token]):
 
     def close(self) -> None:
         """A refresh in flight continues."""
-        self.file.flush()
+        self.file.save({})
 
 
 class AccountProvider(Provider, Generic[Token]):
@@ -15108,18 +15012,16 @@ class AccountProvider(Provider, Generic[Token]):
 
     def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
-        error, requested_s = decision.error, decision.wait_s
-        if (
-            decision.action not in ("pause", "cool_down")
-            and (requested_s or 0.0) <= MAX_WAIT_SECONDS
-        ):
+        error, requested_s, action = decision.error, decision.wait_s or 0.0, decision.action
+        if action not in ("pause", "cool_down") and requested_s <= MAX_WAIT_SECONDS:
             return
         if isinstance(error, Overloaded) and not requested_s:
             return  # it may have room for the very next request
-        wait_s = requested_s or (MAX_COOLDOWN_SECONDS if decision.action == "cool_down" else None)
-        wait_s = min(wait_s, MAX_COOLDOWN_SECONDS) if wait_s else None
+        wait_s = min(requested_s, MAX_COOLDOWN_SECONDS)
+        if action == "cool_down" and not wait_s:
+            wait_s = MAX_COOLDOWN_SECONDS
         key = "" if decision.account_wide else model_id
-        length_s = self.breaker.open(key, error, wait_s, decision.resets_in or requested_s)
+        length_s = self.breaker.open(key, error, wait_s, decision.resets_in or decision.wait_s)
         if not error.retry_after and isinstance(error, RateLimited):
             error.retry_after = length_s
 
@@ -15133,7 +15035,7 @@ class AccountProvider(Provider, Generic[Token]):
         status, account = super().status(), self.account
         try:
             with advising(self):
-                account.load(cached=True)
+                account.load()
             for failure in account.breaker.cooldowns.values():
                 status |= {"health": "failing", "reason": failure.error.text()}
         except NotSignedIn as error:
@@ -15368,61 +15270,6 @@ class EchoProvider(Provider):
 # 15.3 Copilot
 
 
-async def ask_github(
-    client: HttpClient, config: CopilotConfig, path: str, github_token: str
-) -> tuple[int, Headers, bytes]:
-    """(status, headers, body) of a GET on GitHub's API; raises UpstreamError and the like."""
-    url = config.github_api_url.rstrip("/") + path
-    return await client.fetch("GET", url, exchange_headers(github_token), EXCHANGE_SECONDS)
-
-
-async def obtain_copilot_token(
-    client: HttpClient, config: CopilotConfig, github_token: str
-) -> CopilotToken:
-    """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
-    is_direct, status = github_token.startswith(PROGRAM_TOKENS), 404
-    if not is_direct:
-        path = "/copilot_internal/v2/token"
-        status, headers, data = await ask_github(client, config, path, github_token)
-        is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
-    if is_direct:
-        path = "/copilot_internal/user"
-        try:
-            status, headers, data = await ask_github(client, config, path, github_token)
-        except (UpstreamError, UpstreamTimeout) as error:
-            log_event("info", "account_unavailable", reason=error)
-            return direct_token(github_token, {}, config, time.time())
-    body = load_object(data) if status == 200 else None
-    if is_direct and status != 401:  # a fine-grained token may not ask this
-        return direct_token(github_token, body or {}, config, time.time())
-    if status != 200:
-        decision = classify_exchange_error(status, headers, data, time.time())
-        if isinstance(decision.error, NotSignedIn) and decision.action == "wait" and not is_direct:
-            raise Overloaded(decision.error.message)
-        raise decision.error
-    if body is None:
-        raise UpstreamError("GitHub's token response is not JSON.")
-    return read_token_response(body, config, time.time())
-
-
-async def ask_models(
-    client: HttpClient, token: CopilotToken, headers: dict[str, str]
-) -> Json | RetryDecision:
-    """The model list, or what a refusal of the token means; raises UpstreamError and the like."""
-    url = token.api_url + "/models"
-    status, _, data = await client.fetch("GET", url, headers, MODELS_SECONDS)
-    if status in (400, 401, 403, 421):
-        decision = classify(
-            COPILOT_FAULTS, status, "", read_error_response(status, data)[0], tail=""
-        )
-        if type(decision.error) is not InvalidRequest:
-            return decision
-    body = load_object(data) if status == 200 else None
-    if body is None:
-        raise UpstreamError(f"Copilot's model list came with status {status}.")
-    return body
-
-
 def saved_token(token: CopilotToken) -> Json:
     """What the token file holds of it."""
     return {
@@ -15443,17 +15290,13 @@ class CopilotAccount(Account[CopilotToken]):
     refresher: asyncio.Task[None] | None = None  #: runs from the first token on
     scheme = ""  #: the Authorization scheme of a direct token, once the other one was refused
 
-    def __init__(self, provider: CopilotProvider, paths: Paths) -> None:
-        super().__init__(provider, paths)
-        self.file = copilot_token_file(paths, provider.name)
-
-    def load(self, *, cached: bool = False) -> CopilotToken | None:
+    def load(self) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
-        content = self.read_file(cached=cached)
+        content = self.read_file()
         try:
             github_token = clean_token(get_str(content, "github_token"))
         except SignInFailed:
-            where = COPILOT_TOKEN_VARIABLE if self.file.given else self.file.path
+            where = COPILOT_TOKEN_VARIABLE if self.file.memory else self.file.path
             raise NotSignedIn(f"{where} holds no github_token.") from None
         if github_token != self.refresh_secret:
             if self.refresh_secret:
@@ -15470,18 +15313,48 @@ class CopilotAccount(Account[CopilotToken]):
         lifetime_s = positive_int(content.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
         return CopilotToken(token, url, expires_at, lifetime_s)
 
+    async def ask_github(self, path: str) -> tuple[int, Headers, bytes]:
+        """(status, headers, body) of a GET on GitHub's API; raises UpstreamError and the like."""
+        url = self.provider.config.github_api_url.rstrip("/") + path
+        headers = exchange_headers(self.refresh_secret)
+        return await self.provider.client.fetch("GET", url, headers, EXCHANGE_SECONDS)
+
+    async def fetch_token(self) -> CopilotToken:
+        """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS are used as they are."""
+        config, github_token = self.provider.config, self.refresh_secret
+        is_direct, status = github_token.startswith(PROGRAM_TOKENS), 404
+        if not is_direct:
+            status, headers, data = await self.ask_github("/copilot_internal/v2/token")
+            is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
+        if is_direct:
+            try:
+                status, headers, data = await self.ask_github("/copilot_internal/user")
+            except (UpstreamError, UpstreamTimeout) as error:
+                log_event("info", "account_unavailable", reason=error)
+                return direct_token(github_token, {}, config, time.time())
+        body = load_object(data) if status == 200 else None
+        if is_direct and status != 401:  # a fine-grained token may not ask this
+            return direct_token(github_token, body or {}, config, time.time())
+        if status != 200:
+            decision = classify_exchange_error(status, headers, data, time.time())
+            is_temporary = decision.action == "wait" and not is_direct
+            if is_temporary and isinstance(decision.error, NotSignedIn):
+                raise Overloaded(decision.error.message)
+            raise decision.error
+        if body is None:
+            raise UpstreamError("GitHub's token response is not JSON.")
+        return read_token_response(body, config, time.time())
+
     async def exchange(self, saved: CopilotToken | None) -> CopilotToken:
-        provider = self.provider
-        client, config, github_token = provider.client, provider.config, self.refresh_secret
         try:
-            token = await obtain_copilot_token(client, config, github_token)
+            token = await self.fetch_token()
         except NotSignedIn:
             self.cached = None
             self.file.save({"copilot_token": None})
             raise
         self.file.save(saved_token(token))
         host = split_url(token.api_url)[1]
-        log_event("info", "token_refreshed", provider=provider.name, host=host)
+        log_event("info", "token_refreshed", provider=self.provider.name, host=host)
         return token
 
     def use(self, token: CopilotToken) -> CopilotToken:
@@ -15533,9 +15406,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
     def body(self) -> Json:
         provider, call = self.provider, self.call
         model = call.model
-        self.rejections = provider.rejection_memory.rejections(
-            model.id, call.dialect, time.monotonic()
-        )
+        memory = provider.rejection_memory
+        self.rejections = memory.rejections(model.id, call.dialect, time.monotonic())
         draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
         if self.without_reasoning:
             strip_reasoning(draft.body)
@@ -15569,10 +15441,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
             self.betas = messages_betas(body, call.betas, refused, call.model)
             if self.betas:
                 headers["anthropic-beta"] = self.betas
-        if call.model.headers:
-            own_names = {name.lower() for name in headers}
-            model_headers = call.model.headers.items()
-            headers |= {name: v for name, v in model_headers if name not in own_names}
+        own_names = {name.lower() for name in headers} if call.model.headers else ()
+        headers |= {k: v for k, v in call.model.headers.items() if k not in own_names}
         return headers
 
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
@@ -15656,6 +15526,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
 
 class CopilotProvider(AccountProvider[CopilotToken]):
     config: CopilotConfig
+    account: CopilotAccount
     account_class = CopilotAccount
     attempt_class = CopilotAttempt
 
@@ -15692,11 +15563,15 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             self.choices[key] = choice, expires_at
             return choice
         failure: ApiError | None = None
+        tier, prompt = self.config.auto_tier, prompt[:AUTO_PROMPT_CHARS]
         for path in list(self.auto_paths):
             if path == AUTO_UNNAMED:
                 return replace(model, dialects=("chat",))
             try:
-                body = await self.ask_auto(path, model, prompt[:AUTO_PROMPT_CHARS], has_image)
+                payload = auto_payload(path, prompt, has_image, tier)
+                body = await self.post(path, payload, model, "model-access", AUTO_SECONDS)
+                if isinstance(body, RetryDecision):
+                    raise body.error
                 chosen = read_auto_choice(body, self.catalogue.models, self.name)
             except ApiError as error:
                 failure = error
@@ -15712,28 +15587,28 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             return chosen
         if failure is not None and self.auto_paths:
             raise failure
-        message, hint = (
-            "Copilot does not offer Auto to this account.",
-            "GET /v1/models lists models.",
-        )
-        raise ModelNotFound(message, hint=hint, param="model")
+        message = "Copilot does not offer Auto to this account."
+        raise ModelNotFound(message, hint="GET /v1/models lists models.", param="model")
 
-    async def ask_auto(self, path: str, model: Model, prompt: str, has_image: bool) -> Json:
-        payload = auto_payload(path, prompt, has_image, self.config.auto_tier)
-        data = dump_json(payload)
+    async def post(
+        self, path: str, body: Json, model: Model, intent: str, seconds: float
+    ) -> Json | RetryDecision:
+        """The object that Copilot returns, or what its refusal means; raises ApiError."""
+        data = dump_json(body)
 
         async def send(token: CopilotToken) -> Json | RetryDecision:
-            url, headers = token.api_url + path, self.headers(token, "model-access")
-            headers["Content-Type"] = "application/json"
-            headers["X-GitHub-Api-Version"] = AUTO_PATHS[path]
-            reply = await self.client.fetch("POST", url, headers, AUTO_SECONDS, data)
-            body = load_object(reply[2]) if reply[0] == 200 else None
-            return body or classify_copilot_error(*reply, model, payload, {}, time.time())
+            headers = {**self.headers(token, intent), "Content-Type": "application/json"}
+            if path in AUTO_PATHS:
+                headers["X-GitHub-Api-Version"] = AUTO_PATHS[path]
+            reply = await self.client.fetch("POST", token.api_url + path, headers, seconds, data)
+            if reply[0] != 200:
+                return classify_copilot_error(*reply, model, body, {}, time.time())
+            payload = load_object(reply[2], MAX_EMBEDDING_VALUES)
+            if payload is None:
+                raise UpstreamError("Copilot's response is not JSON.")
+            return payload
 
-        result = await self.ask(send)
-        if isinstance(result, RetryDecision):
-            raise result.error
-        return result
+        return await self.ask(send)
 
     def rule_out(self, path: str) -> None:
         """This account lacks a way to ask for Auto, and without any it lacks the model."""
@@ -15744,7 +15619,17 @@ class CopilotProvider(AccountProvider[CopilotToken]):
 
     async def fetch_models(self) -> dict[str, Model]:
         async def send(token: CopilotToken) -> Json | RetryDecision:
-            return await ask_models(self.client, token, self.headers(token, "model-access"))
+            url, headers = token.api_url + "/models", self.headers(token, "model-access")
+            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
+            if status in (400, 401, 403, 421):
+                code = read_error_response(status, data)[0]
+                decision = classify(COPILOT_FAULTS, status, "", code, tail="")
+                if type(decision.error) is not InvalidRequest:
+                    return decision
+            body = load_object(data) if status == 200 else None
+            if body is None:
+                raise UpstreamError(f"Copilot's model list came with status {status}.")
+            return body
 
         body = await self.ask(send)
         if isinstance(body, RetryDecision):
@@ -15774,26 +15659,9 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         return write_embeddings(rows, usage, is_packed), usage
 
     async def embed_batch(self, body: Json, model: Model) -> Json:
-        data = dump_json(body)
-
-        async def send(token: CopilotToken) -> Json | RetryDecision:
-            headers = self.headers(token, "conversation-other")
-            headers["Content-Type"] = "application/json"
-            url = token.api_url + "/embeddings"
-            reply = await self.client.fetch("POST", url, headers, EMBEDDINGS_SECONDS, data)
-            if reply[0] != 200:
-                return classify_copilot_error(*reply, model, body, {}, time.time())
-            payload = load_object(reply[2], MAX_EMBEDDING_VALUES)
-            if payload is None:
-                raise UpstreamError("Copilot's embeddings response is not JSON.")
-            return payload
-
-        count = 0
-        while True:
+        count, request = 0, ("/embeddings", body, model, "conversation-other", EMBEDDINGS_SECONDS)
+        while isinstance(result := await self.post(*request), RetryDecision):
             count += 1
-            result = await self.ask(send)
-            if not isinstance(result, RetryDecision):
-                return result
             self.quota_watch.on_error(result.error)
             wait_s = BACKOFF_SECONDS[0] if result.wait_s is None else result.wait_s
             is_transient = result.action in ("wait", "retry_once", "pause")
@@ -15801,12 +15669,12 @@ class CopilotProvider(AccountProvider[CopilotToken]):
                 self.cool_down(model.id, result)
                 raise result.error
             await asyncio.sleep(wait_s)
+        return result
 
     async def quota(self) -> Quota | None:
         self.account.load()
-        path, github_token = "/copilot_internal/user", self.account.refresh_secret
-        reply = await ask_github(self.client, self.config, path, github_token)
-        if reply[0] in (403, 404) and github_token.startswith(PROGRAM_TOKENS):
+        reply = await self.account.ask_github("/copilot_internal/user")
+        if reply[0] in (403, 404) and self.account.refresh_secret.startswith(PROGRAM_TOKENS):
             return None  # such tokens may not ask this
         if reply[0] != 200:
             raise classify_exchange_error(*reply, time.time()).error
@@ -15835,8 +15703,8 @@ class KiroAccount(Account[KiroLogin]):
     renewal_gap_s = KIRO_FORCED_GAP_SECONDS
     machine_id = ""  #: other programs' files lack it
 
-    def load(self, *, cached: bool = False) -> KiroLogin:
-        content = self.read_file(cached=cached)
+    def load(self) -> KiroLogin:
+        content = self.read_file()
         try:
             login = read_kiro_login(content)
         except ValueError as error:
@@ -15847,6 +15715,22 @@ class KiroAccount(Account[KiroLogin]):
             self.provider.forget_account()
         login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
         self.refresh_secret = login.refresh
+        return login
+
+    async def get(self) -> KiroLogin:
+        """An organisation's sign-in needs its profile, which is fetched once."""
+        provider, login = self.provider, await super().get()
+        if login.arn or login.kind not in ("idc", "external_idp"):
+            return login
+        profiles = provider.profiles
+        if profiles is None:
+            profiles = await provider.find_profiles(login)
+        if len(profiles) > 1:
+            choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
+            hint = f"Set profile_arn in [providers.{provider.name}] to one of: {choices}."
+            raise NotEntitled("This Kiro sign-in has several profiles.", hint=hint)
+        for arn in profiles:
+            return self.use(await self.save({"profile_arn": arn}, login))
         return login
 
     async def latest(self) -> KiroLogin:
@@ -15898,13 +15782,7 @@ class KiroAccount(Account[KiroLogin]):
         source = get_dict(self.read_file(), "source")
         if source:
             await asyncio.to_thread(write_shared_login, source, changes, login.refresh)
-        return replace(
-            login,
-            access_token=changes.get("access_token", login.access_token),
-            refresh=changes.get("refresh_token", login.refresh),
-            expires_at=changes.get("expires_at", login.expires_at),
-            arn=self.provider.config.profile_arn or changes.get("profile_arn", login.arn),
-        )
+        return self.load()
 
 
 class KiroAttempt(Attempt[KiroLogin]):
@@ -15940,19 +15818,19 @@ class KiroAttempt(Attempt[KiroLogin]):
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
         content_type = response.headers.get("content-type", "").lower()
+        decision: RetryDecision | None
         if response.status != 200 or "json" in content_type or "html" in content_type:
             data = await self.read_error_body(response)
             decision = classify_kiro_error(response.status, response.headers, data, time.time())
         else:
             with contextlib.ExitStack() as stack:
                 stack.callback(response.close, is_complete=False)
-                found = await self.peek(response)
-                if found is None:
+                decision = await self.peek(response)
+                if decision is None:
                     stack.pop_all()
                     self.provider.winner = self.endpoints[0]
                     self.provider.quota_watch.poll_soon()
                     return None
-            decision = found
         self.provider.quota_watch.on_error(decision.error)
         return self.explain(decision)
 
@@ -16038,15 +15916,16 @@ class KiroAttempt(Attempt[KiroLogin]):
     async def next_endpoint(self, decision: RetryDecision) -> None:
         """Another host if one is busy; waits for it if there is no other."""
         failed, *endpoints = self.endpoints
-        if isinstance(decision.error, (Overloaded, Unreachable)):
+        is_busy = isinstance(decision.error, (Overloaded, Unreachable))
+        if is_busy:
             endpoints = [endpoint for endpoint in endpoints if endpoint.url != failed.url]
-            if not endpoints:
-                decision.action = "wait"
-                await self.repair(decision)
-                return
-        if not endpoints:
+        if endpoints:
+            self.endpoints = endpoints
+        elif is_busy:
+            decision.action = "wait"
+            await self.repair(decision)
+        else:
             raise decision.error
-        self.endpoints = endpoints
 
     async def change_shape(self, decision: RetryDecision) -> None:
         """The other client's shape: hosts differ in the ones that they accept (2026-09)."""
@@ -16095,22 +15974,6 @@ class KiroProvider(AccountProvider[KiroLogin]):
             model.guessed = True
         return model
 
-    async def token(self) -> KiroLogin:
-        """An organisation's sign-in needs its profile, which is fetched once."""
-        login = await self.account.get()
-        if login.arn or login.kind not in ("idc", "external_idp"):
-            return login
-        profiles = await self.find_profiles(login) if self.profiles is None else self.profiles
-        if len(profiles) > 1:
-            choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
-            raise NotEntitled(
-                "This Kiro sign-in has several profiles.",
-                hint=f"Set profile_arn in [providers.{self.name}] to one of: {choices}.",
-            )
-        for arn in profiles:
-            return self.account.use(await self.account.save({"profile_arn": arn}, login))
-        return login
-
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
         """ARN -> name of the organisation's profiles, in both regions that have any."""
         profiles: dict[str, str] = {}
@@ -16120,12 +15983,11 @@ class KiroProvider(AccountProvider[KiroLogin]):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
         path, query = "/ListAvailableProfiles", dump_json({"maxResults": KIRO_PROFILES})
         for base in bases:
-            body = await self.ask_control(login, "POST", path, query, [base])
+            body = await self.ask_control(login, path, query, base)
             if isinstance(body, RetryDecision):
                 error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
-                if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    is_final = False
+                is_final &= not isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded))
                 continue
             for row in get_dicts(body, "profiles")[:KIRO_PROFILES]:
                 arn = row.get("arn")
@@ -16135,14 +15997,9 @@ class KiroProvider(AccountProvider[KiroLogin]):
         return profiles
 
     async def ask_control(
-        self,
-        login: KiroLogin,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        bases: Iterable[str] | None = None,
+        self, login: KiroLogin, path: str, body: bytes = b"", base: str = ""
     ) -> Json | RetryDecision:
-        """A response of the control plane: each host in turn, with both spellings of the path.
+        """The response of one host of the control plane, or of each in turn; a body is posted.
 
         `/getUsageLimits?a=b` is `/Get-Usage-Limits?a=b` on some hosts (pi, 2026-08).
         """
@@ -16150,24 +16007,23 @@ class KiroProvider(AccountProvider[KiroLogin]):
         kebab_name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:])
         headers = kiro_headers(login, "control", self.config.kiro_version, system_tag())
         headers["amz-sdk-request"] = "attempt=1; max=1"
+        method, seconds = "POST" if body else "GET", KIRO_CONTROL_SECONDS
         if body:
             headers["Content-Type"] = "application/json"
         decision = RetryDecision(UpstreamError("Kiro has no host for this."))
-        for base in kiro_control_urls(login, self.config) if bases is None else bases:
+        for host in [base] if base else kiro_control_urls(login, self.config):
             for spelling in (path, f"/{kebab_name}{separator}{query}"):
                 headers["amz-sdk-invocation-id"] = random_uuid()
                 try:
-                    status, response_headers, data = await self.client.fetch(
-                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
-                    )
+                    reply = await self.client.fetch(method, host + spelling, headers, seconds, body)
                 except (UpstreamError, UpstreamTimeout) as error:
                     decision = RetryDecision(error, "wait")
                     break
-                payload = load_object(data)
-                if status == 200 and payload is not None:
+                payload = load_object(reply[2])
+                if reply[0] == 200 and payload is not None:
                     return payload
-                decision = classify_kiro_error(status, response_headers, data, time.time())
-                if status not in (404, 405):
+                decision = classify_kiro_error(*reply, time.time())
+                if reply[0] not in (404, 405):
                     break
             if decision.action in ("", "refresh", "cool_down"):
                 break  # another host would refuse it, too
@@ -16180,7 +16036,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         for arn in dict.fromkeys((own_arn, "")):
             parameters = {**query, "profileArn": arn} if arn else query
             url = f"{path}?{urllib.parse.urlencode(parameters)}"
-            result = await self.ask(self.ask_control, "GET", url)
+            result = await self.ask(self.ask_control, url)
             if not isinstance(result, RetryDecision):
                 return result
             error = result.error
@@ -16283,8 +16139,6 @@ REVOKE_AT = {
     "external_idp": "your organisation's sign-in",
     "google": "https://app.kiro.dev and https://myaccount.google.com/connections",
     "github": "https://app.kiro.dev and https://github.com/settings/applications",
-    "social": "https://app.kiro.dev",
-    "api_key": "https://app.kiro.dev",
 }
 
 
@@ -16314,8 +16168,7 @@ class Console:
 
     async def read_some(self) -> bytes:
         """What standard input has, as soon as it has anything; b"" at EOF."""
-        loop, fd = asyncio.get_running_loop(), sys.stdin.fileno()
-        ready = asyncio.Event()
+        loop, fd, ready = asyncio.get_running_loop(), sys.stdin.fileno(), asyncio.Event()
         try:
             loop.add_reader(fd, ready.set)
         except (NotImplementedError, PermissionError):  # Windows; a plain file
@@ -16358,23 +16211,18 @@ class Console:
 
 def open_browser(url: str) -> bool:
     """False without a graphical one: a browser in the terminal would take it over."""
-    has_window = sys.platform in ("darwin", "win32") or any(
-        os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
-    )
-    is_remote = os.environ.get("SSH_CONNECTION") and not os.environ.get("BROWSER")
-    if not has_window or is_remote or check_url(url.partition("?")[0]):
+    environ, command = os.environ, [sys.executable, "-I", "-m", "webbrowser", url]
+    has_display = any(map(environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    has_window = sys.platform in ("darwin", "win32") or has_display
+    is_local = has_window and not environ.get("SSH_CONNECTION")
+    if not (is_local or environ.get("BROWSER")) or check_url(url.partition("?")[0]):
         return False
-    try:  # in a process of its own, whose output does not reach this terminal
-        subprocess.Popen(
-            [sys.executable, "-I", "-m", "webbrowser", url],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError:
-        return False  # the link is on the terminal as well
-    return True
+    null = subprocess.DEVNULL
+    with contextlib.suppress(OSError):  # the link is on the terminal as well
+        # In a process of its own, whose output does not reach this terminal.
+        subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        return True
+    return False
 
 
 def with_provider(where: str, name: str, settings: dict[str, str], text: str) -> str:
@@ -16384,24 +16232,9 @@ def with_provider(where: str, name: str, settings: dict[str, str], text: str) ->
         if key not in table:
             text = change_setting(text, where, f"providers.{name}.{key}", value)
         elif table[key] != value:
-            raise ConfigError(
-                f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
-                "change it there, or take another --name"
-            )
+            reason = f"is {table[key]!r}, not {value!r}; change it there, or take another --name"
+            raise ConfigError(f"{where}: providers.{name}.{key}: {reason}")
     return text
-
-
-class DeviceFlow(NamedTuple):
-    """Where a device code is issued, and where it is redeemed for a token (RFC 8628)."""
-
-    service: str
-    code_url: str
-    code_request: Json
-    token_url: str
-    token_request: Json  #: without the code
-    code_key: str  #: in `token_request`
-    headers: dict[str, str]
-    hint: str = ""  #: what to do if no code is issued
 
 
 @dataclass(slots=True)
@@ -16417,9 +16250,9 @@ class SignInContext:
 
     @contextlib.contextmanager
     def adding_provider(self, name: str, kind: str, settings: dict[str, Any]) -> Iterator[Any]:
-        """Adds the provider to the configuration file after the body, which signs in and saves.
+        """Yields the configuration of a provider, which is added to the file after the body.
 
-        Yields the provider's configuration.  What could fail at the end is checked before.
+        What could fail at the end is checked before.
         """
         if not PROVIDER_NAME.fullmatch(name):
             raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
@@ -16448,18 +16281,19 @@ class SignInContext:
         path = self.paths.token_file(name)
         with os_error_as(f"{path}: cannot be written", SignInFailed):
             make_private_dir(os.path.dirname(path))
-            if is_in_place(path):
-                return
-            with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
-                file.write(bytes(64 * KIB))
-                file.flush()
+            if not is_in_place(path):
+                with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
+                    file.write(bytes(64 * KIB))
 
     async def save(self, name: str, content: Json) -> None:
         """Raises SignInFailed."""
         file = TokenFile(self.paths.token_file(name))
         with os_error_as(f"{file.path}: cannot be written", SignInFailed):
             async with file.lock():
-                file.replace(content)
+                with contextlib.suppress(ProgramError):  # a link, or unreadable: it is replaced
+                    load_private_json(file.path, quarantines=True)
+                content = {key: v for key, v in content.items() if v not in ("", None)}
+                save_private_json(file.path, content)
 
     def show_terms(self, kind: str, name: str) -> None:
         """Shows the vendor's terms before the first sign-in of a provider."""
@@ -16471,12 +16305,8 @@ class SignInContext:
         self, service: str, url: str, headers: dict[str, str], body: Json
     ) -> tuple[int, Headers, bytes]:
         """(status, headers, body) of a response; raises SignInFailed if there is none."""
-        headers = {
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "Content-Type": "application/json",
-            **headers,
-        }
+        common = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        headers = {"Accept": "application/json", **common, **headers}
         try:
             return await self.client.fetch("POST", url, headers, SIGN_IN_SECONDS, dump_json(body))
         except ApiError as error:
@@ -16486,73 +16316,64 @@ class SignInContext:
         self, service: str, url: str, headers: dict[str, str], body: Json, problem: str
     ) -> Json:
         """As `post`; raises SignInFailed unless an object without an error comes back."""
-        status, response_headers, data = await self.post(service, url, headers, body)
-        payload = load_form_or_json(data)
-        if status != 200 or payload is None or "error" in payload:
-            reason = classify_poll(status, response_headers, data).message or f"status {status}"
+        reply = await self.post(service, url, headers, body)
+        payload = load_form_or_json(reply[2])
+        if reply[0] != 200 or payload is None or "error" in payload:
+            reason = classify_poll(*reply).message or f"status {reply[0]}"
             raise SignInFailed(f"{service} {problem}: {reason}")
         return payload
 
-    async def run_device_flow(self, flow: DeviceFlow) -> Json:
-        """The token response after the user has entered a code; raises SignInFailed.
+    async def run_device_flow(
+        self,
+        service: str,
+        headers: dict[str, str],
+        issuing: tuple[str, Json],
+        polling: tuple[str, Json],
+        code_key: str,
+        problem: str = "issued no code",
+    ) -> Json:
+        """The token response after the user has entered a code (RFC 8628); raises SignInFailed.
 
-        If the code expires, the user may get a new one.
+        `issuing`, `polling`: (URL, body) of the requests; the latter gets the code as `code_key`.
         """
         say = self.console.say
-        while True:
-            try:
-                payload = await self.fetch_json(
-                    flow.service, flow.code_url, flow.headers, flow.code_request, "issued no code"
-                )
-            except SignInFailed as error:
-                raise SignInFailed(f"{error}{flow.hint}") from None
-            device = read_device_code(payload, flow.service)
-            say(f"Open    {device.url}", f"and type    {device.user_code}", "")
-            if device.url_complete:
-                say(f"or open    {device.url_complete}    and compare the code", "")
-            if self.browser and open_browser(device.url_complete or device.url):
-                say("A browser should open by itself; any other, on any machine, will do.", "")
-            try:
-                return await self.poll_for_token(flow, device)
-            except CodeExpired as error:
-                if not self.console.interactive:
-                    raise
-                say(f"Sorry, {error}.")
-                if not await self.console.confirm("Get a new one?"):
-                    raise
-
-    async def poll_for_token(self, flow: DeviceFlow, device: DeviceCode) -> Json:
-        service, body = flow.service, {**flow.token_request, flow.code_key: device.code}
-        now = asyncio.get_running_loop().time
-        expires_at = now() + device.expires_in
-        interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
+        payload = await self.fetch_json(service, issuing[0], headers, issuing[1], problem)
+        device = read_device_code(payload, service)
+        say(f"Open    {device.url}", f"and type    {device.user_code}", "")
+        if device.url_complete:
+            say(f"or open    {device.url_complete}    and compare the code", "")
+        if self.browser and open_browser(device.url_complete or device.url):
+            say("A browser should open by itself; any other, on any machine, will do.", "")
         minutes = device.expires_in / 60
-        self.console.say(f"Waiting for you; the code expires in {minutes:.0f} min, Ctrl-C cancels")
+        say(f"Waiting for you; the code expires in {minutes:.0f} min, Ctrl-C cancels")
+        url, body = polling[0], {**polling[1], code_key: device.code}
+        expires_at = time.monotonic() + device.expires_in
+        interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
-            await asyncio.sleep(min(interval_s, expires_at - now()))
-            if now() >= expires_at:
-                raise CodeExpired("the code has expired")
+            await asyncio.sleep(min(interval_s, expires_at - time.monotonic()))
+            poll = Poll("expired", {})
             try:
-                poll = classify_poll(*await self.post(service, flow.token_url, flow.headers, body))
+                if time.monotonic() < expires_at:
+                    poll = classify_poll(*await self.post(service, url, headers, body))
             except SignInFailed as error:
                 poll = Poll("unreachable", {}, str(error))
             if poll.state == "done":
                 return poll.body
+            if poll.state == "denied":
+                raise SignInFailed(f"the sign-in was cancelled at {service}")
+            if poll.state == "failed":
+                raise SignInFailed(f"{service} refuses the sign-in: {poll.message}")
+            if poll.state == "expired":
+                raise SignInFailed("the code has expired; start again for a new one")
             if poll.state == "unreachable" and poll.message != trouble:
                 trouble = poll.message
-                self.console.say(f"{trouble}; trying again")
+                say(f"{trouble}; trying again")
             if poll.state == "slow_down":
                 new_interval_s = parse_number(poll.body.get("interval"))
                 if new_interval_s is None or not 0 <= new_interval_s < 3600:
                     interval_s += DEVICE_SLOWER_SECONDS
                 else:
                     interval_s = max(interval_s, new_interval_s + DEVICE_EXTRA_SECONDS)
-            elif poll.state == "expired":
-                raise CodeExpired("the code has expired")
-            elif poll.state == "denied":
-                raise SignInFailed(f"the sign-in was cancelled at {service}")
-            elif poll.state == "failed":
-                raise SignInFailed(f"{service} refuses the sign-in: {poll.message}")
 
 
 # 16.1 Copilot
@@ -16576,19 +16397,16 @@ async def sign_in_copilot(
     with context.adding_provider(name, "copilot", settings) as config:
         token = token or await offer_environment_token(context.console)
         if not token:
-            base = config.github_url.rstrip("/")
-            flow = DeviceFlow(
-                service="GitHub",
-                code_url=base + "/login/device/code",
-                code_request={"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE},
-                token_url=base + "/login/oauth/access_token",
-                token_request={"client_id": COPILOT_CLIENT_ID, "grant_type": DEVICE_GRANT},
+            base, client_id = config.github_url.rstrip("/"), {"client_id": COPILOT_CLIENT_ID}
+            payload = await context.run_device_flow(
+                "GitHub",
+                {"User-Agent": COPILOT_USER_AGENT},
+                (base + "/login/device/code", {**client_id, "scope": COPILOT_SCOPE}),
+                (base + "/login/oauth/access_token", {**client_id, "grant_type": DEVICE_GRANT}),
                 code_key="device_code",
-                headers={"User-Agent": COPILOT_USER_AGENT},
             )
-            payload = await context.run_device_flow(flow)
             token = clean_token(str(payload["access_token"]))
-        content, message = await check_copilot(context, config, token)
+        content, message = await check_copilot(context, name, config, token)
         await context.save(name, content)
     return message
 
@@ -16605,35 +16423,31 @@ async def offer_environment_token(console: Console) -> str:
 
 
 async def check_copilot(
-    context: SignInContext, config: CopilotConfig, token: str
+    context: SignInContext, name: str, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
     """(token file content, message for the user); raises NotSignedIn if it is refused."""
-    content: Json = {"type": "copilot", "github_token": token}
-    trouble = ""
+    provider = CopilotProvider(name, config, context.paths, context.client)
+    account, trouble = provider.account, ""
+    content = account.file.memory = {"type": "copilot", "github_token": token}
     try:
-        copilot_token = await obtain_copilot_token(context.client, config, token)
-        content |= saved_token(copilot_token)
-        if copilot_token.is_direct:  # nothing has been asked of Copilot yet
-            ids = (random_uuid(), *load_machine(context.paths))
-            headers = copilot_headers(copilot_token, config, ids, "model-access", random_uuid())
-            reply = await ask_models(context.client, copilot_token, headers)
-            if isinstance(reply, RetryDecision) and reply.action != "switch":
-                raise reply.error
+        if (await account.get()).is_direct:  # nothing has been asked of Copilot yet
+            await provider.fetch_models()
     except (NotSignedIn, Forbidden):
         raise
     except ApiError as error:
         trouble = f".  It could not be checked now; the first request will try it: {error}"
+    finally:
+        provider.close()
     try:
         for path in ("/user", "/copilot_internal/user"):
-            status, _, data = await ask_github(context.client, config, path, token)
+            status, _, data = await account.ask_github(path)
             user = load_object(data) or {} if status == 200 else {}
             content["login"] = content.get("login") or get_str(user, "login")
             content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
         trouble = trouble or f".  The account could not be read: {error}"
-    content = {key: value for key, value in content.items() if value not in ("", None)}
-    who = f"{content.get('login', '(unknown)')} at {split_url(config.github_url)[1]}"
-    plan = f", plan {content['plan']}" if "plan" in content else ""
+    who = f"{content.get('login') or '(unknown)'} at {split_url(config.github_url)[1]}"
+    plan = f", plan {content['plan']}" if content.get("plan") else ""
     return content, f"Signed in to Copilot as {who}{plan}{trouble}"
 
 
@@ -16641,7 +16455,6 @@ async def check_copilot(
 
 # The only ports that the portal redirects to.
 KIRO_PORTAL_PORTS = (3128, 4649, 6588, 8008, 9091, 49153, 50153, 51153, 52153, 53153)
-KIRO_CLIENT_NAME = "Kiro IDE"
 KIRO_SCOPES = (
     "codewhisperer:completions", "codewhisperer:analysis", "codewhisperer:conversations",
     "codewhisperer:transformations", "codewhisperer:taskassist",
@@ -16656,10 +16469,9 @@ async def sign_in_kiro(
     region: str = "",
     token: str = "",
 ) -> str:
-    """Returns a message for the user; raises SignInFailed.
+    """By a method of KIRO_METHODS, "" = ask, or with an API key; returns a message for the user.
 
-    `method`: of KIRO_METHODS, "" = ask.  `start_url` and `region` are an organisation's; `token` is
-    an API key, which needs none of these.
+    `start_url` and `region` are an organisation's.  Raises SignInFailed.
     """
     console = context.console
     method = method or ("organisation" if start_url else "")
@@ -16685,55 +16497,35 @@ async def sign_in_kiro(
             content["machine_id"] = read_kiro_login(content).machine_id
         except ValueError as error:
             raise SignInFailed(f"Kiro's response is unusable: {error}") from None
-        return await save_kiro_sign_in(context, name, config, content)
+        message = await check_kiro(context, name, config, content)
+        await context.save(name, content)
+    return message
 
 
-async def save_kiro_sign_in(
-    context: SignInContext, name: str, config: KiroConfig, content: Json
-) -> str:
-    """Saves a sign-in; if Kiro refuses it, restores the old one and raises NotSignedIn."""
-    file = TokenFile(context.paths.token_file(name))
-    try:
-        previous = file.load()
-    except ProgramError:
-        previous = None  # damaged, or a symbolic link
-    await context.save(name, content)
-    try:
-        return await check_kiro(context, name, config)
-    except NotSignedIn:
-        if previous is None:
-            remove_file(file.path)
-        else:
-            await context.save(name, previous)
-        raise
+async def check_kiro(context: SignInContext, name: str, config: KiroConfig, content: Json) -> str:
+    """Tries and completes a new sign-in; returns a message for the user.
 
-
-async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> str:
-    """Chooses the profile of a new sign-in; returns a message for the user.
-
-    Raises NotSignedIn if it is unusable.
+    Raises NotSignedIn if it is refused.
     """
     provider = KiroProvider(name, config, context.paths, context.client)
+    provider.account.file.memory = content
     try:
-        login = await provider.account.get()
-        if login.kind == "idc" and not login.arn:
+        login = await Account.get(provider.account)
+        if login.kind == "idc" and not login.arn and context.console.interactive:
             profiles = await provider.find_profiles(login)
-            arn = next(iter(profiles)) if len(profiles) == 1 else ""
-            if len(profiles) > 1 and context.console.interactive:
+            if len(profiles) > 1:
                 arn = await context.console.choose("Which profile?", profiles)
-            if arn:  # otherwise the first request will say what to set
                 provider.account.use(await provider.account.save({"profile_arn": arn}, login))
         limits = await provider.limits(with_user=True)
     except ApiError as error:
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
             raise
         return f"Signed in to Kiro.  It could not be checked: {error.text()}"
-    provider.account.file.save({"user": limits.account, "plan": limits.plan})
+    content |= {"user": limits.account, "plan": limits.plan}
     who = f" as {limits.account}" if limits.account else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
-    credit_text = "".join(
-        f", {row.used:g} of {row.limit:g} credits used" for row in limits.allowances if row.limit
-    )
+    rows = (row for row in limits.allowances if row.limit)
+    credit_text = "".join(f", {row.used:g} of {row.limit:g} credits used" for row in rows)
     return f"Signed in to Kiro{who}{plan}{credit_text}"
 
 
@@ -16751,27 +16543,20 @@ async def sign_in_at_aws(
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
     registration = {
-        "clientName": KIRO_CLIENT_NAME,
-        "clientType": "public",
-        "scopes": list(KIRO_SCOPES),
-        "grantTypes": [DEVICE_GRANT, "refresh_token"],
-        "issuerUrl": start_url,
-    }
-    client = await context.fetch_json(
-        "AWS", base + "/client/register", {}, registration, "refuses the sign-in"
-    )
+        "clientName": "Kiro IDE", "clientType": "public", "scopes": list(KIRO_SCOPES),
+        "grantTypes": [DEVICE_GRANT, "refresh_token"], "issuerUrl": start_url,
+    }  # fmt: skip
+    url, problem = base + "/client/register", "refuses the sign-in"
+    client = await context.fetch_json("AWS", url, {}, registration, problem)
     credentials = {name: get_str(client, name) for name in ("clientId", "clientSecret")}
-    flow = DeviceFlow(
-        service="AWS",
-        code_url=base + "/device_authorization",
-        code_request={**credentials, "startUrl": start_url},
-        token_url=base + "/token",
-        token_request={**credentials, "grantType": DEVICE_GRANT},
+    payload = await context.run_device_flow(
+        "AWS",
+        {},
+        (base + "/device_authorization", {**credentials, "startUrl": start_url}),
+        (base + "/token", {**credentials, "grantType": DEVICE_GRANT}),
         code_key="deviceCode",
-        headers={},
-        hint="; are the start URL and the region right?",
+        problem="issued no code (are the start URL and the region right?)",
     )
-    payload = await context.run_device_flow(flow)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -16795,33 +16580,24 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     if context.browser and open_browser(url):
         context.console.say("A browser should open by itself.", "")
     context.console.say(
-        "Where that browser cannot reach this machine, it will end at an address that begins",
-        f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
-        "and paste it here.",
+        "Where that browser cannot reach this machine, it will end at an address that begins with",
+        f"http://localhost:{listener.port}/ and an error: copy that address and paste it here.",
         "",
     )
     callback = await listener.wait(context.console)
-    if callback.option not in ("google", "github"):
-        if callback.option not in ("builderid", "awsidc", "internal") or not callback.issuer_url:
-            raise SignInFailed(
-                f"a sign-in by {callback.option} has to be imported: type auth import"
-            )
-        region = callback.region or "us-east-1"
-        return await sign_in_at_aws(context, config, callback.issuer_url, region)
-    redirect = f"http://localhost:{listener.port}{callback.path}"
-    body = {
-        "code": callback.code,
-        "code_verifier": verifier,
-        "redirect_uri": f"{redirect}?login_option={callback.option}",
-    }
-    headers = {
-        "User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}",
-        "Accept": "application/json, text/plain, */*",
-    }
+    option, issuer_url = callback.option, callback.issuer_url
+    if option in ("builderid", "awsidc", "internal") and issuer_url:
+        return await sign_in_at_aws(context, config, issuer_url, callback.region or "us-east-1")
+    if option not in ("google", "github"):
+        raise SignInFailed(f"a sign-in by {option} has to be imported: type auth import")
+    redirect = f"http://localhost:{listener.port}{callback.path}?login_option={option}"
+    body = {"code": callback.code, "code_verifier": verifier, "redirect_uri": redirect}
+    agent = f"KiroIDE-{config.kiro_version}-{machine_id}"
+    headers = {"User-Agent": agent, "Accept": "application/json, text/plain, */*"}
     url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/oauth/token"
     payload = await context.fetch_json("Kiro", url, headers, body, "refuses the sign-in")
     tokens = read_refresh_response(payload, time.time())
-    return {"auth_method": callback.option, "machine_id": machine_id, **tokens}
+    return {"auth_method": option, "machine_id": machine_id, **tokens}
 
 
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
@@ -16833,9 +16609,7 @@ class CallbackListener:
     """Waits on loopback for the browser's redirect, once, with the right state (RFC 8252)."""
 
     def __init__(self, ticker: Ticker, state: str, option: str) -> None:
-        self.ticker = ticker
-        self.state = state
-        self.option = option
+        self.ticker, self.state, self.option = ticker, state, option
         self.callback: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
         self.servers: list[Server] = []
         self.port = KIRO_PORTAL_PORTS[0]
@@ -16874,12 +16648,9 @@ class CallbackListener:
     @staticmethod
     def page(status: int, title: str, text: str) -> Response:
         """Fixed text, which repeats nothing from the request."""
-        headers = {
-            "Cache-Control": "no-store",
-            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
-            "Referrer-Policy": "no-referrer",
-            "Connection": "close",
-        }
+        policy = "default-src 'none'; style-src 'unsafe-inline'"
+        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        headers |= {"Cache-Control": "no-store", "Connection": "close"}
         body = CALLBACK_PAGE.format(title=title, text=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
@@ -16895,9 +16666,8 @@ class CallbackListener:
     async def read_pasted(self, console: Console) -> None:
         with contextlib.suppress(EOFError):  # the redirect may still come
             while not self.callback.done():
-                text = await console.read_line()
                 try:
-                    self.accept(text)
+                    self.accept(await console.read_line())
                 except ValueError as error:
                     console.say(f"This does not fit: {error}.  Paste the whole address.")
 
@@ -16949,10 +16719,10 @@ class FoundLogin:
 
     def rank(self) -> tuple[Any, ...]:
         """Sorts usable ones first, and of a kind the living and then the newest."""
-        ends = read_time(self.content.get("sign_in_expires_at")) or math.inf
-        is_dead = ends < time.time()
-        age = -read_time(self.content.get("expires_at"))
-        return bool(self.problem), get_str(self.content, "type"), is_dead, age
+        content = self.content
+        is_dead = 0 < read_time(content.get("sign_in_expires_at")) < time.time()
+        age = -read_time(content.get("expires_at"))
+        return bool(self.problem), get_str(content, "type"), is_dead, age
 
 
 def copilot_login(path: str, token: str, host: str = "", user: str = "") -> FoundLogin:
@@ -16975,26 +16745,22 @@ def read_opencode_file(path: str) -> Iterator[FoundLogin]:
 
 
 def read_token_text(path: str) -> Iterator[FoundLogin]:
-    with os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8") as file:
+    with os.fdopen(open_regular(path), encoding="utf-8") as file:
         yield copilot_login(path, file.read(KIB))
 
 
-def read_variable(path: str) -> Iterator[FoundLogin]:
-    if os.environ.get(path):
-        yield copilot_login(path, os.environ[path])
+def read_variable(name: str) -> list[FoundLogin]:
+    return [copilot_login(name, os.environ[name])] if os.environ.get(name) else []
 
 
-def read_gh(path: str) -> Iterator[FoundLogin]:
-    command = path.split()
-    try:
-        result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
-    except subprocess.SubprocessError as error:
-        raise SignInFailed(str(error)) from None
-    yield copilot_login(path, result.stdout)
+def read_gh(command: str) -> list[FoundLogin]:
+    null = subprocess.DEVNULL
+    output = subprocess.check_output(command.split(), stderr=null, timeout=10, text=True)
+    return [copilot_login(command, output)]
 
 
-def read_kiro_file(path: str) -> Iterator[FoundLogin]:
-    yield FoundLogin("", path, {**read_ide_login(path), "source": {"path": path}})
+def read_kiro_file(path: str) -> list[FoundLogin]:
+    return [FoundLogin("", path, {**read_ide_login(path), "source": {"path": path}})]
 
 
 def read_kiro_database(path: str) -> Iterator[FoundLogin]:
@@ -17004,15 +16770,14 @@ def read_kiro_database(path: str) -> Iterator[FoundLogin]:
         for (key,) in database.execute(query).fetchall():
             try:
                 content = read_cli_login(database, key)
+                content["source"] = {"key": key, "path": path}
+                yield FoundLogin("", path, content)
             except ValueError as error:
                 yield FoundLogin("", path, {}, problem=f"{key}: {error}")
-            else:
-                source = {"key": key, "path": path}
-                yield FoundLogin("", path, {**content, "source": source})
 
 
 # The values of `auth import --from`: the program as shown to the user; what reads a path, which may
-# raise OSError, ValueError, SignInFailed and sqlite3.Error; the patterns of its paths.
+# raise the errors of `find_logins`; the patterns of its paths.
 # VS Code itself keeps its tokens in the system's secret store.  Of the environment, the Copilot CLI
 # reads this variable first.
 LITELLM, PLUGINS = "HOME/.config/litellm/github_copilot", "CONFIG/github-copilot"
@@ -17057,6 +16822,7 @@ def find_logins(origins: Collection[str] = ()) -> list[FoundLogin]:
     The best are first.  Where a source has none, that is a problem as well.
     """
     found: list[FoundLogin] = []
+    errors = OSError, ValueError, ProgramError, sqlite3.Error, subprocess.SubprocessError
     for name in origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]:
         program, read, patterns = IMPORTS[name]
         logins: list[FoundLogin] = []
@@ -17065,7 +16831,7 @@ def find_logins(origins: Collection[str] = ()) -> list[FoundLogin]:
                 logins += read(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except (OSError, ValueError, ProgramError, sqlite3.Error) as error:
+            except errors as error:
                 problem = getattr(error, "strerror", None) or str(error)
                 logins.append(FoundLogin("", path, {}, problem=problem))
         for login in logins or [FoundLogin("", "", {}, problem="there is nothing")]:
@@ -17094,17 +16860,15 @@ async def import_logins(
 ) -> list[str]:
     """Imports what the user agrees to, or with `assume_yes` what replaces nothing.
 
-    `name`: the provider's, "" for a matching one.  Returns messages for the user.  Raises
-    SignInFailed if nothing was imported.
+    `name`: the provider's, "" for a matching one.  Returns messages; raises SignInFailed.
     """
     say = context.console.say
-    messages: list[str] = []
+    messages: dict[str, str] = {}  # by provider
     failures = 0
-    targets: set[str] = set()
     say("Found on this machine:", *map(str, logins))
-    for login in (login for login in logins if not login.problem):
-        target = name or target_name(context.config, login)
-        if target in targets:
+    for login in logins:
+        target = "" if login.problem else name or target_name(context.config, login)
+        if not target or target in messages:
             continue
         is_signed_in = bool(file_identity(context.paths.token_file(target)))
         if not assume_yes:
@@ -17117,14 +16881,13 @@ async def import_logins(
             say(f"Provider {target!r} is signed in already; --name {target} replaces it.")
             continue
         try:
-            messages.append(await import_login(context, login, target))
-            targets.add(target)
+            messages[target] = await import_login(context, login, target)
         except SignInFailed as error:
             failures += 1
             say(f"{login.account} of {login.program}: {error}")
     if failures and not messages:
         raise SignInFailed("nothing was imported")
-    return messages
+    return list(messages.values())
 
 
 async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
@@ -17134,7 +16897,8 @@ async def import_login(context: SignInContext, login: FoundLogin, name: str) -> 
         host = "" if fits else login.host
         return await sign_in_copilot(context, name, host, login.content["github_token"])
     with context.adding_provider(name, "kiro", {}) as config:
-        message = await save_kiro_sign_in(context, name, config, login.content)
+        message = await check_kiro(context, name, config, login.content)
+        await context.save(name, login.content)
     return f"{message}.  It stays shared with {login.program}: refreshed tokens are written back."
 
 
@@ -17148,7 +16912,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
     row["health"] = "not signed in"
     try:
-        content = file.peek()
+        content = file.load()
         if content is None:
             return row
         if isinstance(entry, KiroConfig):
@@ -17160,11 +16924,10 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
     except (ProgramError, ValueError) as error:
         reason = str(error).removeprefix(f"{file.path}: ")
         return {**row, "health": f"unusable: {reason}"}
-    row["user"] = get_str(content, "user") or get_str(content, "login")
-    row["plan"] = get_str(content, "plan")
+    row |= {"user": file.user, "plan": get_str(content, "plan"), "health": "ok"}
     row["token_expires_at"] = int(read_time(content.get("expires_at"))) or None
-    refusal = get_str(content, "refused")
-    row["health"] = f"needs sign-in: {refusal}" if refusal else "ok"
+    if file.refused:
+        row["health"] = f"needs sign-in: {content['refused']}"
     if row["expires_at"] and row["expires_at"] < time.time():
         row["health"] = "needs sign-in: it has expired"
     return row
@@ -17172,28 +16935,20 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
 
 def account_rows(config: Config, paths: Paths) -> list[Json]:
     return [
-        account_row(name, entry, copilot_token_file(paths, name))
+        account_row(name, entry, token_file(paths, name))
         for name, entry in config.providers.items()
         if isinstance(entry, (CopilotConfig, KiroConfig))
     ]
 
 
 async def revoke_login(context: SignInContext, name: str) -> str:
-    """Removes a sign-in; returns what is left to do, for the user.
-
-    Raises WrongUsage and ProgramError.
-    """
-    file = TokenFile(context.paths.token_file(name))
-    folder = os.path.dirname(file.path)
-    nothing = f"{name}: there is no sign-in to remove"
-    entry = context.config.providers.get(name)
+    """Removes a sign-in; returns what is left to do.  Raises WrongUsage and ProgramError."""
+    file, config = TokenFile(context.paths.token_file(name)), context.config
+    folder, entry = os.path.dirname(file.path), config.providers.get(name)
     if isinstance(entry, EchoConfig):
         raise WrongUsage(f"{name}: responds locally and needs no sign-in")
-    if not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
-        if entry is not None:
-            raise ProgramError(nothing)
-        names = [row["name"] for row in account_rows(context.config, context.paths)]
-        raise no_provider(name, names)
+    if entry is None and not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
+        raise no_provider(name, [row["name"] for row in account_rows(config, context.paths)])
     kind = "copilot"
     with contextlib.suppress(ProgramError):  # a damaged file is removed as well
         content = load_private_json(file.path) or {}
@@ -17206,25 +16961,20 @@ async def revoke_login(context: SignInContext, name: str) -> str:
                 os.unlink(lock_path)
                 os.rmdir(folder)
     if not removed:
-        raise ProgramError(nothing)
-    forget = ""
+        raise ProgramError(f"{name}: there is no sign-in to remove")
+    lines = [f"Removed {', '.join(removed)}.  A running gateway stops using it."]
+    lines.append(f"To end it at the vendor as well: {REVOKE_AT.get(kind, 'https://app.kiro.dev')}")
     if entry is not None and name not in PROVIDER_CONFIGS:
-        forget = f"  To remove the provider as well: {program_command()} provider remove {name}"
-    return (
-        f"Removed {', '.join(removed)}.  A running gateway stops using it.  "
-        f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}{forget}"
-    )
+        lines.append(f"To remove the provider as well: {program_command()} provider remove {name}")
+    return "  ".join(lines)
 
 
 async def offer_sign_in(context: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
-    found = find_logins()
-    logins = [login for login in found if not login.problem]
-    say = context.console.say
-    options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
-    if logins:
-        origins = ", ".join(sorted({f"{login.kind} of {login.program}" for login in logins}))
-        options = {"import": f"use what is on this machine: {origins}", **options}
+    found, say = find_logins(), context.console.say
+    origins = sorted({f"{login.kind} of {login.program}" for login in found if not login.problem})
+    options = {"import": f"use what is on this machine: {', '.join(origins)}"} if origins else {}
+    options |= {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
     options["later"] = "not now; only the model `echo` will work"
     try:
         choice = await context.console.choose("There is no account yet.", options)
@@ -18230,7 +17980,7 @@ class Gateway:
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of each provider; those whose list is unavailable are logged and left out."""
-        listings = {name: provider.listed() for name, provider in self.providers.items()}
+        listings = {name: provider.catalogue.listed() for name, provider in self.providers.items()}
         available = {name: models for name, models in listings.items() if models is not None}
         names = [name for name in listings if name not in available]
         requests = (self.providers[name].models() for name in names)
@@ -18396,7 +18146,7 @@ class Gateway:
             catalogues = await self.catalogues()
             route, model = self.router.resolve(route, catalogues)
         provider = self.providers[route.provider]
-        model = model or find_model(route.model, provider.listed() or {})
+        model = model or find_model(route.model, provider.catalogue.listed() or {})
         try:
             for refresh in (False, True) if model is None else ():
                 with advising(provider):
@@ -18411,7 +18161,7 @@ class Gateway:
             requested = name if len(self.router.aliases.get(name, ())) < 2 else route.model
             raise self.router.not_found(requested, catalogues or await self.catalogues())
         if LONG_CONTEXT_BETA in request.headers.get("anthropic-beta", ""):
-            long_context = (provider.listed() or {}).get(f"{model.id}-1m", model)
+            long_context = (provider.catalogue.listed() or {}).get(f"{model.id}-1m", model)
             model = long_context if long_context.listed else model
         return provider, model
 
@@ -18490,7 +18240,7 @@ class Gateway:
         response_dialect = self.dialect_of(request)
 
         def window(model_id: str) -> int:
-            return ((provider.listed() or {}).get(model_id) or model).context or 0
+            return ((provider.catalogue.listed() or {}).get(model_id) or model).context or 0
 
         context = ResponseContext(
             id=response_dialect.id_prefix + os.urandom(12).hex(),
@@ -18798,7 +18548,7 @@ def is_locked(path: str) -> bool:
         return False
     with os_error_as(f"{path}: cannot be used as the lock"):
         try:
-            fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+            fd = open_trusted(path, "O_NOFOLLOW")
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             finally:
@@ -18817,7 +18567,7 @@ def read_pid_file(path: str) -> tuple[int, str]:
     """
     with os_error_as(f"{path}: cannot be read"):
         try:
-            with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+            with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
                 pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
         except (FileNotFoundError, NotADirectoryError):
             return 0, ""
@@ -18944,7 +18694,7 @@ def read_program() -> bytes:
     """This file as it is now; raises ProgramError."""
     path = program_file()
     try:
-        with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             return file.read()
     except NotADirectoryError:
         raise ProgramError(f"{path}: take it out of the archive, to run as a plain file") from None
@@ -18973,7 +18723,7 @@ def load_bytecode(paths: Paths) -> bytes:
     source = read_program()
     origin = importlib.util.MAGIC_NUMBER + os.fsencode(program_file()) + source
     try:
-        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+        with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
             digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
         if digest == hashlib.sha256(origin + bytecode).digest():
             return bytecode
@@ -19534,7 +19284,8 @@ async def tail_log(daemon: Daemon, params: Json) -> Json:
         raise ProgramError("the gateway logs to its terminal, not to a file")
     lines = int_field(params, "lines") or DEFAULT_LOG_LINES
     level = word_field(params, "level", LOG_LEVELS) or "debug"
-    return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
+    with open_log(path) as file:
+        return {"lines": await asyncio.to_thread(read_log_tail, file, path, lines, level)}
 
 
 CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Json | Awaitable[Json]]] = {
@@ -20241,7 +19992,7 @@ def different_flags(options: argparse.Namespace, config: Config, status: Json) -
 def last_lines(path: str, offset: int) -> tuple[str, ...]:
     """The last lines of a log, from the byte `offset` on."""
     try:
-        with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             file.seek(offset)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
@@ -20842,9 +20593,9 @@ def cmd_provider_remove(app: App) -> None:
     def edit(text: str) -> str:
         if name in config.limits.providers:
             text = change_setting(text, path, f"limits.providers.{name}", None)
-        return check_edit(change_setting(text, path, f"providers.{name}", None), path, app.environ)
+        return change_setting(text, path, f"providers.{name}", None)
 
-    edit_config(app.paths, edit)
+    edit_config(app.paths, edit, app.environ)
     report_saved(app)
     if os.path.lexists(app.paths.token_file(name)):
         tell(run_account_command(app, lambda context: revoke_login(context, name)))
