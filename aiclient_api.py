@@ -129,7 +129,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
@@ -231,18 +231,14 @@ MIB = 1024 * KIB
 # HTTP heads.  h11 and uvicorn allow 16 KiB, nginx 32, waitress 256; agents send long headers.
 MAX_HEAD_BYTES = 64 * KIB
 MAX_REQUEST_LINE_BYTES = 16 * KIB  # RFC 9112 section 3: at least 8,000 octets
-MAX_INTERIM_HEADS = 16  # before a response; servers send one or two, 100 and 103
 MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
-# Per read of 64 KiB: text compresses 10 to 50 times, bombs 1,000 times.
-MAX_INFLATED_BYTES = 4 * MIB
+MAX_INFLATED_BYTES = 4 * MIB  # per read of 64 KiB: text compresses 10 to 50 times, bombs 1,000
 # Anthropic's API takes 32 MB.  Counting and parsing text made only of escapes blocks for 9 ms per
 # MiB: twice as much would stall all other requests for half a second.
 MAX_BODY_MIB = 32
 MAX_BODIES_BYTES = 256 * MIB  # of all requests in flight: eight of the largest, hundreds of typical
-MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
-MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 MAX_PORT = 65_535
 # Parsing and converting a JSON body blocks all streams: 30 MiB of tiny values took 7 s and
 # gigabytes, so brackets, commas and colons outside strings are counted before parsing.  The most
@@ -253,7 +249,6 @@ MAX_PACKED_VALUES = 100  # in what a client gives back of ours; it has 10
 MAX_EMBEDDING_VALUES = 1_000_000  # numbers cost less; 256 texts of 3,072 dimensions are fewer
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
-MAX_INTEGER_DIGITS = 310  # the largest float has 309; int() and str() take quadratic time
 MAX_LONE_SURROGATES = 10_000  # halves of characters in a body, each 0.2 us; cut emoji are a few
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
@@ -263,24 +258,19 @@ MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error response; more is not 
 ERROR_BODY_SECONDS = 5.0  # for all of it, as a byte now and then is no silence
 MAX_COLLECTED_BYTES = 64 * MIB  # of an upstream's stream, for a caller that wants no stream
 FIRST_PARSED_EVENTS = 2  # of a read, before its plain deltas are copied
-# One server-sent event, as images come as one frame, or a non-streaming response.
-MAX_FRAME_BYTES = 16 * MIB
+MAX_FRAME_BYTES = 16 * MIB  # one event, as images come as one, or a non-streaming response
 MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB
 MAX_EVENT_HEADERS_BYTES = 128 * KIB  # AWS; each of them becomes an object
 
-# Of a connection, received and not yet taken; with more, reading pauses.
-STREAM_BUFFER_BYTES = 64 * KIB
+STREAM_BUFFER_BYTES = 64 * KIB  # received and not yet taken; with more, reading pauses
 RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc uses mmap
-# With this much unsent to a slow client, reading from the upstream pauses.
-WRITE_HIGH_WATER_BYTES = 128 * KIB
-
-# New objects before Python looks for garbage in cycles, which a request hardly makes.  With its
-# default of 700, a thousand streams stop for 20 ms and more while they begin.
+WRITE_HIGH_WATER_BYTES = 128 * KIB  # unsent to a slow client: reading from the upstream pauses
+# New objects before Python looks for garbage in cycles.  With its default of 700, a thousand
+# streams stop for 20 ms and more while they begin.
 GARBAGE_OBJECTS = 10_000
 
-# After a step this long, a request yields to the others for a moment.
-LONG_STEP_SECONDS = 0.03
+LONG_STEP_SECONDS = 0.03  # after such a step, a request yields to the others for a moment
 YIELD_SECONDS = 0.01
 TICK_SECONDS = 0.25  # resolution of the clock that all deadlines are checked with
 WRITE_STALL_SECONDS = 60.0  # a client that accepts no byte for this long is gone
@@ -288,22 +278,19 @@ LINGER_SECONDS = 1.0  # lingering close: an RST would discard our response, or s
 LISTEN_BACKLOG = 1024  # the system may cap it
 PING_SECONDS = 15.0  # Codex and Claude Code give up on silence after minutes, proxies after 30-60 s
 # The response head waits for the first upstream event, so that upstream errors become real status
-# codes, but no longer than clients wait for a head.
+# codes, but no longer than clients wait for a head: proxies give up at 60 s.
 HOLD_STATUS_SECONDS = 25.0
-# The same for all candidates of a request together: proxies give up at 60 s.
-HOLD_LIST_SECONDS = 50.0
+HOLD_LIST_SECONDS = 50.0  # for all candidates of a request together
 
 POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
 POOL_IDLE_PER_HOST = 32
-MAX_PLANNED_URLS = 256  # a provider uses ten, but queries vary
 RESET_SECONDS = 0.3  # a round trip around the world: the RST of a stale connection is here by then
 
 # Upstream attempts (facts: VS Code, gh-aw-firewall; 2026-08).
 MAX_ATTEMPTS = 3
 MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is left to the client
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x obeys any value, even days
-# A cool-down must not outlast the upstream's limit: after a minute one request probes.
-MAX_COOLDOWN_SECONDS = 60.0
+MAX_COOLDOWN_SECONDS = 60.0  # then one request probes: the upstream's limit may have passed
 MAX_COOLDOWNS = 100  # models per provider; clients may name models that no list has
 FIRST_COOLDOWN_SECONDS = 4.0  # after a limit without a reset time; doubles while it still holds
 BACKOFF_SECONDS = (0.5, 1.5)
@@ -333,16 +320,13 @@ MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
 MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
-# That definitions may add to the schemas of a request where `$ref`s are inlined: 16 KiB a tool.
-MAX_INLINED_BYTES = 2 * MIB
+MAX_INLINED_BYTES = 2 * MIB  # that inlined `$ref`s may add to a request: 16 KiB a tool
 INLINED_VALUE_BYTES = 16  # of them, for a value, besides its texts
 MAX_CACHE_BREAKPOINTS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
 MAX_CALL_ID_LENGTH = 40  # of chat completions, the least of all dialects
 MAX_NATIVE_ID_LENGTH = 64  # of responses and messages
-# Of all stop strings of a request together: those that no upstream field takes are looked for in
-# every piece of the response, and a stop string is a word or a tag.
-MAX_STOP_CHARACTERS = 8192
+MAX_STOP_CHARACTERS = 8192  # of all together: each piece of a response may be searched for them
 MAX_EMBEDDED = 256  # texts per request: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
@@ -370,9 +354,7 @@ KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI: 1 min; other clients: 2
 KIRO_FORCED_GAP_SECONDS = 10.0  # between refreshes caused by rejected tokens
 KIRO_TOKEN_SECONDS = 3600.0  # lifetime of every token seen
 KIRO_REFRESH_SECONDS = 30.0
-REFRESH_DRAIN_SECONDS = (
-    3.0  # for a pending refresh at shutdown: losing its response may lose the sign-in
-)
+REFRESH_DRAIN_SECONDS = 3.0  # for a pending refresh at shutdown: losing it may lose the sign-in
 KIRO_CONTROL_SECONDS = 30.0
 KIRO_PEEK_BYTES = 256 * KIB  # of a response, searched for its first text
 KIRO_MODEL_PAGES = 5  # of a list that never ends
@@ -446,12 +428,8 @@ MAX_NAME_CHARS = 200  # of a name that is counted, or of a session
 MAX_USER_ID_CHARS = 2000  # of `metadata.user_id` where it is JSON; Claude Code's has 250
 MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 
-# GET /metrics.  OpenTelemetry's recommended buckets end at 82 s (GenAI metrics, 2026), but an
-# agent's turn takes 2 to 60 s, long reasoning minutes, and the first byte comes after it.
-COMPLETION_SECONDS_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
-FIRST_BYTE_SECONDS_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
 # Pairs of provider and model; later ones share one series for good, as a series must not end.  A
-# provider lists 15 to 40 models; each one used adds 40 lines to a scrape, which take 45 us.
+# provider lists 15 to 40 models; each one used adds 40 lines to GET /metrics, which take 45 us.
 MAX_METRIC_SERIES = 200
 
 GITHUB_URL = "https://github.com"
@@ -507,6 +485,7 @@ class NotResponding(ProgramError):
     """A process holds the lock, but is frozen."""
 
 
+@dataclass(eq=False, repr=False)
 class ApiError(Exception):
     """An error response to a client.
 
@@ -515,9 +494,17 @@ class ApiError(Exception):
     `retry` False tells the vendors' SDKs not to retry, `code` is OpenAI's, if the kind has several.
     """
 
+    message: str
+    _: KW_ONLY
+    hint: str = ""
+    param: str | None = None
+    retry_after: float | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    code: str | None = None
+
     status = 500
     kind = "internal"
-    retry: bool | None = None
+    retry: ClassVar[bool | None] = None
 
     def __init_subclass__(
         cls, status: int | None = None, kind: str = "", retry: bool | None = None
@@ -528,23 +515,8 @@ class ApiError(Exception):
         if status or kind:
             cls.kind = kind or re.sub(r"\B([A-Z])", r"_\1", cls.__name__).lower()
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        hint: str = "",
-        param: str | None = None,
-        retry_after: float | None = None,
-        headers: dict[str, str] | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.param = param
-        self.code = code
-        self.retry_after = retry_after
-        self.headers = headers or {}
+    def __str__(self) -> str:
+        return self.message
 
     def text(self) -> str:
         return f"{self.message[:MAX_ERROR_TEXT]} {self.hint}".strip()
@@ -552,7 +524,6 @@ class ApiError(Exception):
     def with_hint(self, hint: str, retry_after: float | None) -> ApiError:
         """A copy with another hint and retry_after: a cached error is raised many times."""
         error = copy.copy(self)
-        error.args = self.args
         error.hint, error.retry_after = hint, retry_after
         return error
 
@@ -768,8 +739,8 @@ def dump_json(value: Any) -> bytes:
 
 
 def bounded_int(text: str) -> int:
-    """For `json.loads`: thousands of digits would take quadratic time."""
-    if len(text) > MAX_INTEGER_DIGITS:
+    """For `json.loads`: thousands of digits would take quadratic time; floats have up to 309."""
+    if len(text) > 310:
         raise ValueError("a number is too large")
     return int(text)
 
@@ -1272,6 +1243,19 @@ def check_text(value: str) -> str:
     return "must be valid UTF-8" if HALF_CHARACTER.search(value) else ""
 
 
+def check_api_key(value: Any) -> str:
+    is_key = isinstance(value, str) and value.strip()
+    return check_text(value) if is_key else "must be a key that is not empty"
+
+
+def check_alias(value: Any) -> str:
+    """alias = "provider/model", or a list of them, tried in order."""
+    for name in value or [""] if isinstance(value, list) else [value]:
+        if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
+            return 'must be like "copilot/gpt-4.1", or a list of such names'
+    return ""
+
+
 @dataclass(slots=True)
 class ServerConfig:
     host: str = setting(
@@ -1462,15 +1446,12 @@ class ConfigReader:
         """One entry of a table in NAMED_TABLES; a built-in provider is replaced."""
         key = f"{path}.{name}"
         pattern, marks = (PROVIDER_NAME, "- _") if path == "providers" else (LABEL, ". _ + -")
-        if path == "models":
-            return self.read_alias(name, value)
-        if not pattern.fullmatch(name):
+        if path != "models" and not pattern.fullmatch(name):
             raise self.error(key, f"a name is letters, digits and {marks}")
-        if path == "api_keys":
-            if not isinstance(value, str) or not value.strip():
-                raise self.error(key, "must be a key that is not empty")
-            if check_text(value):
-                raise self.error(key, check_text(value))
+        if path in ("models", "api_keys"):
+            problem = check_alias(value) if path == "models" else check_api_key(value)
+            if problem:
+                raise self.error(f'models."{name}"' if path == "models" else key, problem)
             self.origins[key] = "file"
             return value
         table = self.require_table(value, key)
@@ -1502,22 +1483,6 @@ class ConfigReader:
     def require_table(self, value: Any, key: str) -> Json:
         if not isinstance(value, dict):
             raise self.error(key, "must be a table")
-        return value
-
-    def read_alias(self, alias: str, value: Any) -> Any:
-        """alias = "provider/model", or a list of them, tried in order."""
-        key, form = f'models."{alias}"', 'must be like "copilot/gpt-4.1"'
-        rows: dict[str, Any] = {key: value}
-        if isinstance(value, list):
-            rows = {f"{key}[{index}]": name for index, name in enumerate(value)}
-        else:
-            form += ", or a list of such names"
-        if not rows:
-            raise self.error(key, "must name at least one model")
-        for row_key, name in rows.items():
-            if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
-                raise self.error(row_key, form)
-        self.origins[f"models.{alias}"] = "file"
         return value
 
 
@@ -1689,37 +1654,36 @@ def write_toml_path(path: Iterable[str]) -> str:
     return ".".join(part if TOML_BARE_KEY.fullmatch(part) else write_toml(part) for part in path)
 
 
-def parse_toml_lines(
-    lines: list[str],
-) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...], re.Match[str] | None]]:
-    """(line, table, key or (), match) of each line."""
-    table: tuple[str, ...] = ()
-    for line in lines:
-        match = TOML_LINE.fullmatch(line)
-        if match and match["header"]:
-            table = parse_toml_path(match["header"])
-        key = parse_toml_path(match["key"] + "=0") if match and match["key"] else ()
-        yield line, table, key, match
-
-
-def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
-    """`text` with the value at `path` replaced, or added to its table.
+def edit_toml(text: str, path: tuple[str, ...], value: Any) -> str:
+    """`text` with the value at `path` replaced or added to its table; None removes what is there.
 
     Works on single lines: where a value or a string spans several, the result may be wrong, so
     the caller parses it again.
     """
     newline = "\r\n" if "\r\n" in text else "\n"
     text += newline if text and not text.endswith("\n") else ""
-    lines = text.split("\n")
+    lines: list[str] = []
+    table: tuple[str, ...] = ()
     table_end = None  # index of the line after the last one of the table that `path` belongs to
-    for index, (line, table, key, match) in enumerate(parse_toml_lines(lines)):
+    is_done = value is None
+    for line in text.split("\n"):
+        match = TOML_LINE.fullmatch(line)
+        key: tuple[str, ...] = ()
+        if match and match["header"]:
+            table = parse_toml_path(match["header"])
+        elif match:
+            key = parse_toml_path(match["key"] + "=0")
+        if match and value is None and (*table, *key)[: len(path)] == path:
+            continue
         if match and key and (*table, *key) == path:
             begin = match.start("value")
-            end = begin + len(match["value"].rstrip())
-            lines[index] = line[:begin] + write_toml(value) + line[end:]
-            return "\n".join(lines)
+            line = line[:begin] + write_toml(value) + line[begin + len(match["value"].rstrip()) :]
+            is_done = True
+        lines.append(line)
         if table == path[:-1] and line.strip() and not line.lstrip().startswith("#"):
-            table_end = index + 1
+            table_end = len(lines)
+    if is_done:
+        return "\n".join(lines)
     new_line = f"{write_toml_path(path[-1:])} = {write_toml(value)}{newline}"
     if table_end is None and path[:-1]:
         blank_line = newline if text.strip() else ""
@@ -1729,13 +1693,6 @@ def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
         table_end = comment[0].count("\n") if comment else 0
     lines.insert(table_end, new_line.removesuffix("\n"))
     return "\n".join(lines)
-
-
-def unset_toml(text: str, path: tuple[str, ...]) -> str:
-    """`text` without the setting or the table at `path`; as `set_toml` on single lines."""
-    rows = parse_toml_lines(text.split("\n"))
-    kept = (row for row in rows if not row[3] or (*row[1], *row[2])[: len(path)] != path)
-    return "\n".join(line for line, *_ in kept)
 
 
 def split_setting_key(key: str) -> tuple[str, ...]:
@@ -1749,38 +1706,30 @@ def split_setting_key(key: str) -> tuple[str, ...]:
     return tuple(key.split("."))
 
 
-def setting_kind(config: Config, key: str, value: str) -> str:
-    """The type of a setting; caps may not be set yet, and `models.NAME` has two types."""
-    path = split_setting_key(key)
-    if path[0] == "models" and "," in value:  # no model name has a comma
-        return "list[str]"
-    is_cap = path[0] == "limits" and len(path) == 4
-    settings = iter_settings(CapConfig() if is_cap else config)
-    target = path[-1] if is_cap else key
-    return next((str(item.type) for name, _, item in settings if name == target), "str")
-
-
 def change_setting(text: str, source: str, key: str, value: str | None) -> str:
     """The edited `text`, None removes the key; raises ConfigError, also if the edit fails."""
     config = read_config_text(text, source)
     path = split_setting_key(key)
+    caps = iter_settings(CapConfig(), key.rpartition(".")[0])
+    kinds = {name: str(item.type) for name, _, item in (*caps, *iter_settings(config))}
+    kind = kinds.get(key, "str")
+    if path[0] == "models" and "," in (value or ""):  # no model name has a comma
+        kind = "list[str]"
     expected = tomllib.loads(text)
-    table = expected
+    table, reader = expected, ConfigReader(source)
+    changed = None if value is None else parse_setting(value, kind)
     try:
-        reader = ConfigReader(source)
         for part in path[:-1]:
             table = reader.require_table(table.setdefault(part, {}), part)
-        if value is not None:
-            table[path[-1]] = parse_setting(value, setting_kind(config, key, value))
-            edited = set_toml(text, path, table[path[-1]])
-        elif path[-1] in table:
-            del table[path[-1]]
-            edited = unset_toml(text, path)
-        else:
+        if value is None and path[-1] not in table:
             raise reader.error(key, "is not set here")
+        table[path[-1]] = changed
+        if value is None:
+            del table[path[-1]]
         wanted = reader.read_config(expected)
     except ConfigError as error:
         raise BadSetting(str(error)) from None
+    edited = edit_toml(text, path, changed)
     with contextlib.suppress(ConfigError):
         if read_config_text(edited, source) == wanted:
             return edited
@@ -1793,7 +1742,7 @@ def change_setting(text: str, source: str, key: str, value: str | None) -> str:
 # bytes differently allow request smuggling, so anything ambiguous is refused.
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
+DIGITS = re.compile(r"[0-9]{1,19}")  # 2**63 has 19
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")  # of a chunk without extensions
@@ -11259,10 +11208,23 @@ Labels = tuple[Any, ...]  # label values, in the order of the label names
 Series = dict[Labels, float]
 
 
-# The upper bounds of a histogram's buckets.
+# The upper bounds of a histogram's buckets.  OpenTelemetry's end at 82 s (GenAI metrics, 2026), but
+# an agent's turn takes 2 to 60 s, long reasoning minutes, and the first byte comes after it.
 METRIC_BUCKETS = {
-    "completion_duration_seconds": COMPLETION_SECONDS_BUCKETS,
-    "completion_first_byte_seconds": FIRST_BYTE_SECONDS_BUCKETS,
+    "completion_duration_seconds": (
+        0.5,
+        1.0,
+        2.0,
+        5.0,
+        10.0,
+        20.0,
+        40.0,
+        80.0,
+        160.0,
+        320.0,
+        640.0,
+    ),
+    "completion_first_byte_seconds": (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0),
 }
 
 
@@ -11426,13 +11388,11 @@ class Metrics:
 CACHE_BREAKPOINT_KEYS = frozenset(
     ("cache_control", "copilot_cache_control", "prompt_cache_breakpoint", "cachePoint")
 )
-LONE_TEXT = {"type", "text"}
 # Settings that the vendors put into the prompt, or that invalidate a cache (their docs, 2026).
 PROMPT_SETTINGS = (
     "tool_choice", "thinking", "reasoning", "reasoning_effort", "output_config",
     "response_format", "text", "additionalModelRequestFields",
 )  # fmt: skip
-PROMPT_SECTIONS = {"tools": 0, "system": 1, "settings": 2}  # before the turns
 # Roles of a turn that are shown; a client's other ones could be anything.
 TURN_ROLES = frozenset((
     "system", "developer", "user", "assistant", "reasoning", "tool", "function", "function_call",
@@ -11444,6 +11404,7 @@ CACHE_HINTS = {
     "tools": "the tools come in another order, or one of them differs?",
     "settings": "thinking, effort, tool choice or the output format differs from the last request?",
     "system": SYSTEM_HINT,
+    "instructions": SYSTEM_HINT,
     "developer": SYSTEM_HINT,
 }
 TURN_HINT = (
@@ -11462,7 +11423,7 @@ def normalize_block(value: Any) -> Any:
         return blocks[0] if len(blocks) == 1 and isinstance(blocks[0], str) else blocks
     if not isinstance(value, dict):
         return value
-    if "text" in value and value.keys() - CACHE_BREAKPOINT_KEYS == LONE_TEXT:
+    if "text" in value and value.keys() - CACHE_BREAKPOINT_KEYS == {"type", "text"}:
         return value["text"]
     return [
         (key, normalize_block(item) if key == "content" else item)
@@ -11491,8 +11452,9 @@ def kiro_sections(body: Json) -> Json:
     state = get_dict(body, "conversationState")
     tools: list[Any] = []
     turns: list[Any] = []
-    for item in [*as_list(state.get("history")), state.get("currentMessage")]:
-        entry = item if isinstance(item, dict) else {}
+    for entry in [*as_list(state.get("history")), state.get("currentMessage")]:
+        if not isinstance(entry, dict):
+            continue
         message = get_dict(entry, "userInputMessage")
         if not message:
             turns.append({"role": "assistant", **get_dict(entry, "assistantResponseMessage")})
@@ -11509,8 +11471,8 @@ class Prompt(NamedTuple):
 
     hashes: array[int]
     sizes: array[int]  #: in bytes
-    parts: list[str]  #: of each block: tools, system, settings, or the role of a turn
-    names: tuple[str, str]  #: the dialect's names of the system prompt and of the turns
+    parts: list[str]  #: of each block: its section before the turns, or the role of a turn
+    turns: str  #: the dialect's name of the turns
 
     def share(self, at: int) -> float:
         """The share of the prompt from block `at` on, by bytes."""
@@ -11518,24 +11480,21 @@ class Prompt(NamedTuple):
 
     def name(self, at: int) -> str:
         """`tools[3]`, `system[0]`, `settings`, `messages[4] (user)`."""
-        part, turns_at = self.parts[at], self.parts.index("settings") + 1
-        if at >= turns_at:
-            return f"{self.names[1]}[{at - turns_at}] ({part})"
-        if part == "system":
-            return f"{self.names[0]}[{at - self.parts.index(part)}]"
-        return "settings" if part == "settings" else f"tools[{at}]"
+        part, settings_at = self.parts[at], self.parts.index("settings")
+        if at > settings_at:
+            return f"{self.turns}[{at - settings_at - 1}] ({part})"
+        return part if at == settings_at else f"{part}[{at - self.parts.index(part)}]"
 
 
 def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     """The prompt in a body of an upstream dialect; takes 2 ms per megabyte."""
     turns_name = {"responses": "input", "kiro": "history"}.get(dialect, "messages")
-    system_name = "instructions" if dialect == "responses" else "system"
+    system_name = {"responses": "instructions", "messages": "system"}.get(dialect, "")
     if dialect == "kiro":
-        body = {**body, **kiro_sections(body)}
-    tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
-    system = as_list(body.get(system_name)) if dialect in ("messages", "responses") else []
-    parts = ["tools"] * len(tools) + ["system"] * len(system) + ["settings"]
-    turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(parts))]
+        body = kiro_sections(body)
+    tools, system = as_list(body.get("tools")), as_list(body.get(system_name))
+    parts = ["tools"] * len(tools) + [system_name] * len(system) + ["settings"]
+    turns = as_list(body.get(turns_name))[: max(0, MAX_WATCHED_BLOCKS - len(parts))]
     for turn in turns:
         entry = turn if isinstance(turn, dict) else {"role": "user"}
         role = str(entry.get("role") or entry.get("type"))
@@ -11543,16 +11502,16 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     settings = [body.get(key) for key in PROMPT_SETTINGS]
     blocks = [hash_block(block, salt) for block in (*tools, *system, settings, *turns)]
     hashes, sizes = zip(*blocks, strict=True)
-    return Prompt(array("Q", hashes), array("I", sizes), parts, (system_name, turns_name))
+    return Prompt(array("Q", hashes), array("I", sizes), parts, turns_name)
 
 
 @dataclass(slots=True)
 class TrackedConversation:
-    row: Json  #: of `/v1/usage?cache=1`, without what is derived from the misses
+    row: Json  #: of `/v1/usage?cache=1`
     prompt: Prompt  #: the last one
     responded_at: float = 0.0  #: Unix seconds of the start of the last response
     cached: int = 0  #: tokens of the last prompt that should be cached
-    #: part of a prompt -> `changed` of the row: the last block that broke the cache there
+    #: part of a prompt -> a `changed` for the row: the last block that broke the cache there
     misses: dict[str, Json] = field(default_factory=dict)
     logged_at: dict[str, float] = field(default_factory=dict)  #: part of a prompt -> Unix seconds
 
@@ -11574,14 +11533,15 @@ class TrackedConversation:
         if lost <= max(MIN_CACHED_TOKENS, cached * CACHE_SLACK_SHARE):
             return None
         self.row["lost_tokens"] += lost
-        # A section that has become shorter is the old prompt's.
-        owner = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
+        # The last block of a section that has become shorter is the old prompt's.
+        owner = max(prompt, self.prompt, key=lambda p: p.parts.index("settings"))
         part, block = owner.parts[at], owner.name(at)
         hint = CACHE_HINTS.get(part, TURN_HINT)
         if block == "history[0] (user)":
             hint += " (Kiro's first message includes the system prompt)"
         times = self.misses[part]["times"] + 1 if part in self.misses else 1
         self.misses[part] = {"block": block, "times": times, "hint": hint}
+        self.row["changed"] = max(self.misses.values(), key=lambda miss: miss["times"])
         if record.at - self.logged_at.get(part, -math.inf) < CACHE_QUIET_SECONDS:
             return None
         self.logged_at[part] = record.at
@@ -11602,12 +11562,6 @@ class TrackedConversation:
         if not self.cached and not reports_writes:
             self.cached = usage.prompt  # a guess: all of it
 
-    def as_json(self, has_figures: bool) -> Json:
-        """No ratio if the service reports no cache figures."""
-        ratio = self.row["cache_read_tokens"] / self.row["input_tokens"] if has_figures else None
-        changed = max(self.misses.values(), key=lambda miss: miss["times"], default=None)
-        return {**self.row, "hit_ratio": ratio and round(ratio, 4), "changed": changed}
-
 
 class CacheGuard:
     """Finds the block that broke a prompt cache, from the last prompt of each conversation."""
@@ -11626,7 +11580,11 @@ class CacheGuard:
 
         A conversation is known by its session, otherwise by its client, and its first message.
         """
-        pair, has_figures = (record.provider, record.model), self.has_figures(record)
+        pair, usage = (record.provider, record.model), record.usage
+        is_reported = usage.source == "reported"
+        if is_reported and (usage.cache_read or usage.cache_write):
+            self.reporting[pair] = self.reporting.get(pair, False) or usage.cache_write > 0
+        has_figures = is_reported and pair in self.reporting  # rather than none of them
         source = f"session {session}" if session else record.label
         name = f"{hash_block((source, opening), self.salt)[0] >> 32:08x}"
         tracked, miss = self.watched.pop((name, *pair), None), None
@@ -11635,28 +11593,20 @@ class CacheGuard:
         else:
             row: Json = {"conversation": name, "provider": pair[0], "model": pair[1]}
             row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
-            row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0}
+            row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0, "changed": None}
             tracked = TrackedConversation(row, prompt)
         self.watched[(name, *pair)] = tracked
         if len(self.watched) > MAX_WATCHED:
             del self.watched[next(iter(self.watched))]
         tracked.update(prompt, record, has_figures and self.reporting[pair])
+        if pair in self.reporting:
+            ratio = tracked.row["cache_read_tokens"] / tracked.row["input_tokens"]
+            tracked.row["hit_ratio"] = round(ratio, 4)
         return miss
-
-    def has_figures(self, record: UsageRecord) -> bool:
-        """Whether the record's cache figures are real rather than merely absent."""
-        pair, usage = (record.provider, record.model), record.usage
-        if usage.source != "reported":
-            return False
-        if usage.cache_read or usage.cache_write:
-            self.reporting[pair] = self.reporting.pop(pair, False) or usage.cache_write > 0
-            if len(self.reporting) > MAX_WATCHED:
-                del self.reporting[next(iter(self.reporting))]
-        return pair in self.reporting
 
     def report(self) -> list[Json]:
         """The rows of `/v1/usage?cache=1`, latest first."""
-        rows = [row.as_json(key[1:] in self.reporting) for key, row in self.watched.items()]
+        rows = (tracked.row for tracked in self.watched.values())
         return sorted(rows, key=lambda row: row["last_at"], reverse=True)
 
 
@@ -12335,7 +12285,7 @@ class HttpClient:
         self.choose_proxy = read_proxy_variables(own if network.proxy else os.environ)
         self.ticker = ticker
         self.pool = Pool()
-        self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
+        self.plan = functools.lru_cache(maxsize=256)(self.plan_url)  # few, but queries vary
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
         #: for the requests in flight: the client's own watcher keeps the ticker running
@@ -12436,7 +12386,7 @@ class HttpClient:
     @staticmethod
     async def read_head(connection: PooledConnection) -> ResponseHead:
         """The final head; raises WireError, EOFError, also within a head, and OSError."""
-        for _ in range(MAX_INTERIM_HEADS):
+        for _ in range(16):  # servers send one or two, 100 and 103
             head = parse_response_head(await connection.receive_head())
             if head.status == 101:
                 raise WireError("unexpected 101 Switching Protocols")
@@ -12740,7 +12690,7 @@ class ServerConnection(StreamProtocol):
                 self.start_phase("idle", config.idle_seconds)
             await self.receive()
         self.start_phase("head", config.head_seconds)
-        for _ in range(MAX_EMPTY_LINES):
+        for _ in range(8):  # empty lines before it: RFC 9112 section 2.2 says "at least one"
             while not buffer or buffer == b"\r":
                 await self.receive()
             if not buffer.startswith(b"\r\n"):
