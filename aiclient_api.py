@@ -11827,15 +11827,11 @@ class StreamProtocol(ProtocolBase):
         self.loop = asyncio.get_running_loop()
         self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
-        #: the peer has sent EOF; the connection is lost, with its error
-        self.at_eof = False
+        self.at_eof = False  #: the peer has sent EOF
         self.lost = False
-        self.error: Exception | None = None
-        #: something was received since this was last set to False
-        self.has_received = False
-        self.is_held = False
-        self.reading_paused = False
-        self.writing_paused = False
+        self.error: Exception | None = None  #: that broke the connection
+        self.has_received = False  #: something, since this was last set to False
+        self.is_held = self.reading_paused = self.writing_paused = False
         self.waiter: asyncio.Future[None] | None = None
         #: the proxy tunnel under this TLS connection, referenced to keep it alive
         self.tunnel: StreamProtocol | None = None
@@ -11898,7 +11894,7 @@ class StreamProtocol(ProtocolBase):
             self.update_reading()
         size = len(self.buffer)
         while len(self.buffer) == size:
-            if self.at_eof or self.lost:
+            if self.is_disconnected:
                 raise self.error or EOFError
             await self.next_change()
 
@@ -12036,8 +12032,8 @@ def is_readable(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-class BodyStream(Protocol):
-    """The incoming body of a response.
+class UpstreamResponse:
+    """The head of a response, and its incoming body.  Its opener must `close` it.
 
     `read_some` returns the bytes received so far, otherwise the next ones; b"" at the end.
     `relay` passes all further bytes to `sink`; it returns at the end of the body or after `stop`,
@@ -12045,17 +12041,6 @@ class BodyStream(Protocol):
     `close` returns the connection to the pool if the body was read to its end, otherwise drops it;
     `is_complete`: the response is complete, so that only the end of the body can be missing.
     """
-
-    def read_some(self) -> Awaitable[bytes]: ...
-    def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]: ...
-    def hold(self, paused: bool) -> None: ...
-    def fail(self, error: ApiError) -> None: ...
-    def stop(self) -> None: ...
-    def close(self, is_complete: bool) -> None: ...
-
-
-class UpstreamResponse:
-    """The head of a response, and its body as a BodyStream.  Its opener must `close` it."""
 
     def __init__(
         self, client: HttpClient, connection: PooledConnection, head: ResponseHead, body: Body
@@ -12205,11 +12190,12 @@ class UpstreamResponse:
 
 
 class PooledConnection(StreamProtocol):
+    is_reused = False
+    idle_since = 0.0
+
     def __init__(self, origin: Origin) -> None:
         super().__init__()
         self.origin = origin
-        self.is_reused = False
-        self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
         # Whatever an idle peer sends, it is not a response.
@@ -12317,8 +12303,8 @@ class HttpClient:
         scheme, host, port, path = split_url(url)
         proxy = "" if is_loopback(host) else self.choose_proxy(host, port)
         is_default_port = (scheme, port) in (("https", 443), ("http", 80))
-        host_header = format_host(host) if is_default_port else f"{format_host(host)}:{port}"
-        return Origin(scheme, host, port, proxy), host_header, path
+        suffix = "" if is_default_port else f":{port}"
+        return Origin(scheme, host, port, proxy), format_host(host) + suffix, path
 
     async def open(
         self,
@@ -12352,23 +12338,17 @@ class HttpClient:
         """One request on one connection; None if it was stale and another may be tried."""
         host = connection.origin.host
         sent_at = time.monotonic()
-        connection.has_received = is_late = False
+        connection.has_received = False
         response: UpstreamResponse | None = None
-
-        def watch(now: float) -> None:
-            nonlocal is_late
-            if now - sent_at > limit_s:
-                is_late = True
-                connection.transport.abort()
-
-        self.watchers.add(watch)
+        deadline = asyncio.timeout(limit_s)
         try:
-            connection.transport.write(message)
-            head = await self.read_head(connection)
+            async with deadline:
+                connection.transport.write(message)
+                head = await self.read_head(connection)
             response = UpstreamResponse(self, connection, head, response_body(head, method))
             return response
         except (EOFError, OSError) as error:
-            if is_late:
+            if deadline.expired():
                 raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
             may_be_stale = connection.is_reused and not connection.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
@@ -12379,7 +12359,6 @@ class HttpClient:
         except WireError as error:
             raise UpstreamError(f"{host} sent a malformed response: {error}.") from None
         finally:
-            self.watchers.discard(watch)
             if response is None:
                 connection.transport.abort()
 
@@ -12495,16 +12474,12 @@ class Response:
 class Request(RequestHead):
     """A request; its body is read only on demand."""
 
-    #: its share of `Server.body_bytes`
-    reserved_bytes = 0
-    #: set by the handler; `started_at` is monotonic
+    reserved_bytes = 0  #: its share of `Server.body_bytes`
+    # Set by the handler:
     id = ""
-    started_at = 0.0
-    #: the label of its API key, or ""
-    key_name = ""
-    #: whose usage it is, once asked for
-    label = ""
-    #: its usage, once known
+    started_at = 0.0  #: monotonic
+    key_name = ""  #: the label of its API key, or ""
+    label = ""  #: whose usage it is, once asked for
     usage_record: UsageRecord | None = None
     #: the model that it was last tried with, and how that failed
     route: Route | None = None
@@ -12520,13 +12495,9 @@ class Request(RequestHead):
         """Decodes gzip and deflate; raises ApiError and WireError."""
         coding = self.headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "x-gzip", "deflate"):
-            raise UnsupportedEncoding(
-                f"The content encoding {coding!r} is not supported; send gzip or plain JSON.",
-                hint=(
-                    "In Codex, disable it with features.enable_request_compression=false "
-                    "or use an API-key provider."
-                ),
-            )
+            message = f"The content encoding {coding!r} is not supported; send gzip or plain JSON."
+            hint = "In Codex, disable it with features.enable_request_compression=false "
+            raise UnsupportedEncoding(message, hint=hint + "or use an API-key provider.")
         limit = self.connection.server.config.max_body_mib * MIB
         data = await self.connection.read_body(self, limit)
         if coding != "identity":
@@ -12551,7 +12522,7 @@ class Request(RequestHead):
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
         connection.allows_half_close = patient
-        if connection.at_eof or connection.lost:
+        if connection.is_disconnected:
             connection.notify()
 
 
@@ -12827,28 +12798,27 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Every address of `host` that this machine has, at least one; port 0: any.  Raises OSError."""
     flags = socket.AI_PASSIVE
     addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
-    listeners: list[socket.socket] = []
-    failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-    for family, _, _, _, address in dict.fromkeys(addresses):
-        try:
-            local_address = (address[0], port, *address[2:])
-            listener = socket.create_server(local_address, family=family, backlog=LISTEN_BACKLOG)
-        except OSError as error:
-            failure = OSError(error.errno, os.strerror(error.errno or 0))
-            if error.errno not in UNAVAILABLE_ADDRESS_ERRORS:
-                break
-        else:
+    failure = errno.EADDRNOTAVAIL
+    with contextlib.ExitStack() as stack:
+        listeners: list[socket.socket] = []
+        for family, _, _, _, address in dict.fromkeys(addresses):
+            place = (address[0], port, *address[2:])
+            try:
+                listener = socket.create_server(place, family=family, backlog=LISTEN_BACKLOG)
+            except OSError as error:
+                failure = error.errno or 0
+                if failure not in UNAVAILABLE_ADDRESS_ERRORS:
+                    raise OSError(failure, os.strerror(failure)) from None
+                continue
             # Accepted sockets inherit it; asyncio sets it only where the socket names its protocol.
             # With Nagle's algorithm a response of several writes waits 40 ms for an ACK.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            listeners.append(listener)
+            listeners.append(stack.enter_context(listener))
             port = listener.getsockname()[1]
-    else:
-        if listeners:
-            return listeners
-    for listener in listeners:
-        listener.close()
-    raise failure
+        stack.pop_all()
+    if not listeners:
+        raise OSError(failure, os.strerror(failure))
+    return listeners
 
 
 class Server:
@@ -12880,9 +12850,6 @@ class Server:
                 lambda: ServerConnection(self), sock=listener, backlog=LISTEN_BACKLOG
             )
             self.listeners.append(server)
-
-    def count_busy(self) -> int:
-        return sum(connection.request is not None for connection in self.connections)
 
     def accept(self, connection: ServerConnection) -> None:
         if self.draining or len(self.connections) >= self.config.max_connections:
@@ -12936,23 +12903,21 @@ class Server:
             if connection.phase != "busy":
                 connection.transport.close()
         await self.wait_for_connections(seconds)
-        for connection in self.connections:
+        connections = list(self.connections)
+        for connection in connections:
             if connection.writer is not None:
                 connection.writer.on_stop()
-        connections = list(self.connections)
-        await self.wait_for_connections(LINGER_SECONDS)
-        for connection in self.connections:
-            if connection.task is not None:
-                connection.task.cancel()
+        for task in await self.wait_for_connections(LINGER_SECONDS):
+            task.cancel()
         await self.wait_for_connections(LINGER_SECONDS)
         for connection in connections:  # a client that does not read would keep it open
             connection.transport.abort()
         await self.wait_for_connections(None)
 
-    async def wait_for_connections(self, seconds: float | None) -> None:
+    async def wait_for_connections(self, seconds: float | None) -> set[asyncio.Task[None]]:
+        """The tasks that do not end in time."""
         tasks = [c.task for c in self.connections if c.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
+        return (await asyncio.wait(tasks, timeout=seconds))[1] if tasks else set()
 
 
 # ---- 14. State on disk -------------------------------------------------------------------------
@@ -14789,7 +14754,7 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
 
 
 class LocalResponse:
-    """The BodyStream of a response made on this machine."""
+    """A response made on this machine, with the methods of UpstreamResponse."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
@@ -14823,6 +14788,9 @@ class LocalResponse:
         self.resumed.set()
 
     def close(self, is_complete: bool) -> None: ...
+
+
+BodyStream = UpstreamResponse | LocalResponse
 
 
 class EchoProvider(Provider):
@@ -18786,7 +18754,7 @@ class Daemon:
             "started_at": self.started_at,
             "uptime_s": int(now - self.started_at),
             "connections": len(self.server.connections),
-            "requests_in_flight": self.server.count_busy(),
+            "requests_in_flight": sum(c.request is not None for c in self.server.connections),
             "cpu_s": round(time.process_time(), 3),
             **process_usage(),
             "needs_key": config.needs_key,
