@@ -130,7 +130,7 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import KW_ONLY, Field, asdict, dataclass, field, fields, is_dataclass, replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
 
@@ -1938,7 +1938,10 @@ class ChunkedBody(Body):
                 has_line = data.find(b"\n", offset, limit) >= 0
                 line = CHUNK_LINE.match(data, offset, limit) if has_line else None
                 if line is None:
-                    self.check_partial_size(data[offset : limit + 1])
+                    if has_line:
+                        raise WireError("malformed chunk size line")
+                    if len(data) > limit:
+                        raise WireError("chunk size line too long")
                     break
                 offset, self.remaining = line.end(), int(line[1], 16)
                 end = offset + self.remaining
@@ -1969,14 +1972,6 @@ class ChunkedBody(Body):
             self.excess += data[offset:]
         self.buffer = b"" if self.is_complete else data[offset:]
         return b"".join(payload)
-
-    @staticmethod
-    def check_partial_size(line: bytes) -> None:
-        """Raises WireError if `line` cannot become a chunk size line."""
-        if b"\n" in line[:MAX_CHUNK_LINE_BYTES]:
-            raise WireError("malformed chunk size line")
-        if len(line) > MAX_CHUNK_LINE_BYTES:
-            raise WireError("chunk size line too long")
 
     @staticmethod
     def read_trailers(data: bytes) -> int:
@@ -2052,7 +2047,6 @@ def write_chunk(data: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 
-
 # zlib's wbits; 47 detects zlib or gzip by its header.
 GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
 
@@ -2121,13 +2115,11 @@ class SseReader:
 
     def last_frames(self) -> list[Json]:
         """The last event, if the stream ended without an empty line."""
-        block = bytes(self.buffer)
-        self.buffer.clear()
+        block, self.buffer = bytes(self.buffer), bytearray()
         return self.frames(block)
 
     def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
-        rows = blocks.split(b"\n\n")
-        return [event for block in rows if block and (event := self.parse(block))]
+        return [event for block in blocks.split(b"\n\n") if block and (event := self.parse(block))]
 
     @staticmethod
     def parse(block: bytes) -> tuple[bytes, bytes] | None:
@@ -2195,13 +2187,11 @@ def write_sse(frame: Json, name: str = "") -> bytes:
 # The Amazon event stream: `application/vnd.amazon.eventstream` (Smithy's specification).
 
 EventMessage = tuple[dict[str, str], bytes]  # text headers and payload, checksums verified
-
 PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
 MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the message
 # By header type: booleans (their value is the type), integers, a timestamp and a UUID.
 HEADER_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
-BYTES_HEADER, TEXT_HEADER = 6, 7  # both begin with two bytes of length
-EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
+TEXT_HEADER = 7  # begins with two bytes of length, like 6: bytes
 
 
 @functools.lru_cache(maxsize=64)  # few differ
@@ -2224,11 +2214,6 @@ def parse_event_headers(block: bytes) -> dict[str, str]:
             headers[name] = block[start : start + size].decode("utf-8", "replace")
         offset = start + size
     return headers
-
-
-@functools.lru_cache(maxsize=64)
-def union_member(event_type: str) -> bytes:
-    return event_type.encode() if EVENT_NAME.fullmatch(event_type) else b"unnamed"
 
 
 class EventStreamFraming:
@@ -2299,19 +2284,15 @@ class EventStreamFraming:
         if kind != "event":
             error = {name: headers.get(f":error-{name}", "") for name in ("code", "message")}
             return write_sse({"error": error})
-        member = union_member(headers.get(":event-type", ""))
+        event_type = headers.get(":event-type", "")
+        member = event_type.encode() if event_type.isidentifier() else b"unnamed"
         if b"\n" in payload or (member in payload and payload.lstrip()[:1] == b"{"):
-            payload = self.unwrap(payload, member.decode())
+            # To be put on one line, and unwrapped: some hosts put it under the member's name.
+            value = load_object(payload)
+            inner = value.get(event_type) if value and len(value) == 1 else None
+            value = inner if isinstance(inner, dict) else value
+            payload = b"?" if value is None else dump_json(value)  # malformed, or on one line
         return b'data: {"%b":%b}\n\n' % (member, payload or b"{}")
-
-    @staticmethod
-    def unwrap(payload: bytes, member: str) -> bytes:
-        """The payload on one line, unwrapped: some hosts put it under the member's name."""
-        value = load_object(payload)
-        if value is None:
-            return b"?"  # makes the event malformed
-        inner = value.get(member) if len(value) == 1 else None
-        return dump_json(inner if isinstance(inner, dict) else value)
 
     def frames(self, blocks: bytes) -> list[Json]:
         """The frames of unparsed events, each with one member; a malformed one is the last."""
@@ -10740,10 +10721,8 @@ class Router:
             return [explicit_route]
         if header and header not in self.enabled:
             state = "is disabled" if header in self.disabled else "is not a provider"
-            available = ", ".join(self.enabled)
-            raise InvalidRequest(
-                f"X-Provider: {header[:64]!r} {state}; must be one of {available}."
-            )
+            known = ", ".join(self.enabled)
+            raise InvalidRequest(f"X-Provider: {header[:64]!r} {state}; must be one of {known}.")
         disabled_route = self.split(name, self.disabled)
         if disabled_route and not header and name not in self.aliases:
             provider = disabled_route.provider
@@ -10828,9 +10807,8 @@ def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
 
     best = min((error for _, error in failures), key=rank)
     attempts = ", ".join(f"{name} ({error.kind})" for name, error in failures)
-    return best.with_hint(
-        f"{best.hint} All of these were tried: {attempts}.".strip(), best.retry_after
-    )
+    hint = f"{best.hint} All of these were tried: {attempts}.".strip()
+    return best.with_hint(hint, best.retry_after)
 
 
 class RateLimiter:
@@ -11077,7 +11055,6 @@ def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
 
 # 10.3 the user's own limits
 
-
 # setting -> (period, unit)
 CAPS = {
     "daily_credits": ("day", "credits"), "monthly_credits": ("month", "credits"),
@@ -11127,10 +11104,6 @@ class Spending:
                 tally[0] += tokens
                 tally[1] += nano_credits
 
-    def begin_write(self) -> None:
-        """To be called when all that was added so far is being written."""
-        self.unwritten.clear()
-
     def replace(self, rows: Iterable[tuple[str, str, str, int, int]]) -> None:
         self.tallies.clear()
         for row in (*rows, *self.unwritten):
@@ -11139,21 +11112,16 @@ class Spending:
     def rows(self, limits: LimitsConfig, now: float) -> Iterator[Json]:
         """The rows of `/v1/usage`'s limits: one for each configured cap."""
         day = local_day(now)
-        settings = [
-            (scope, name, config, setting)
-            for scope, configs in (("providers", limits.providers), ("labels", limits.labels))
-            for name, config in configs.items()
-            for setting in CAPS
-        ]
-        for scope, name, config, setting in settings:
-            limit, (period, unit) = getattr(config, setting), CAPS[setting]
-            if limit:
+        configs = [("providers", *item) for item in limits.providers.items()]
+        configs += [("labels", *item) for item in limits.labels.items()]
+        for (scope, name, config), (setting, (period, unit)) in product(configs, CAPS.items()):
+            if getattr(config, setting):
                 key = (day if period == "day" else day[:7], scope, name)
                 tokens, nano_credits = self.tallies.get(key, (0, 0))
                 yield {
                     "name": f"{scope}.{name}.{setting}",
                     "used": nano_credits / 1e9 if unit == "credits" else float(tokens),
-                    "limit": limit,
+                    "limit": getattr(config, setting),
                     "unit": unit,
                     "period": period,
                     "resets_at": period_end(period, now),
@@ -11207,7 +11175,6 @@ class RepeatGuard:
 Labels = tuple[Any, ...]  # label values, in the order of the label names
 Series = dict[Labels, float]
 
-
 # The upper bounds of a histogram's buckets.  OpenTelemetry's end at 82 s (GenAI metrics, 2026), but
 # an agent's turn takes 2 to 60 s, long reasoning minutes, and the first byte comes after it.
 METRIC_BUCKETS = {
@@ -11252,9 +11219,7 @@ METRICS = (
     Metric("http_requests_total", "route method status", "HTTP requests; 499: the client left."),
     Metric("http_connections", "", "Open connections of clients.", "connections"),
     Metric("http_requests_in_flight", "", "Requests without a response yet.", "requests_in_flight"),
-    Metric(
-        "completions_total", "provider model dialect status", "Requests that reached a provider."
-    ),
+    Metric("completions_total", "provider model dialect status", "Requests to a provider."),
     Metric("completion_errors_total", "provider kind", "Failed responses, without cancelled ones."),
     Metric("completion_duration_seconds", "provider model", "Until a good response's last byte."),
     Metric("completion_first_byte_seconds", "provider model", "Until the upstream's first byte."),
@@ -11276,17 +11241,15 @@ METRICS = (
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus's text format
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def write_samples(metric: Metric, series: dict[Labels, Any]) -> Iterator[str]:
     """The lines of a metric; for a histogram, of the count of each bucket and then the sum."""
     name, names, bounds = metric.full_name, metric.labels.split(), METRIC_BUCKETS.get(metric.name)
     for values, value in sorted(series.items()):
-        escaped = (
-            str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            for text in values
-        )
-        labels = ",".join(f'{key}="{text}"' for key, text in zip(names, escaped, strict=True))
+        pairs = zip(names, map(str, values), strict=True)
+        labels = ",".join(f'{key}="{text.translate(LABEL_ESCAPES)}"' for key, text in pairs)
         if bounds is None:
             yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
             continue
@@ -11638,23 +11601,23 @@ def log_event(level: str, event: str, **details: object) -> None:
 
 
 class LogHandler:
-    """Writes `2026-11-22T13:14:15.123Z INFO event key=value`, without secrets.
+    """Writes `2026-11-22T13:14:15.123Z INFO event key=value`, without secrets, to standard error.
 
     A traceback follows its line, indented, so that no line of it looks like an event.
     `logging` needs no more of a handler than this, and its own takes ten calls for a line.
     """
 
     level = 0  # everything
-
-    def __init__(self, stream: TextIO | LogFile) -> None:
-        self.stream = stream
-        #: returns the tokens and keys in use, whatever their form
-        self.secrets: Callable[[], Iterable[str]] = tuple
+    #: returns the tokens and keys in use, whatever their form
+    secrets: Callable[[], Iterable[str]] = tuple
 
     def handle(self, record: logging.LogRecord) -> None:
         # No report of a line that cannot be written: there is nowhere to write it.
         with contextlib.suppress(OSError, ValueError):
-            self.stream.write(self.format(record) + "\n")
+            self.write(self.format(record) + "\n")
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -11693,8 +11656,8 @@ def check_link(path: str) -> None:
         raise PermissionError(errno.EPERM, f"{path} is a symbolic link created by another user")
 
 
-class LogFile:
-    """A log file for a LogHandler: rotated by size, reopened after it was moved away.
+class LogFile(LogHandler):
+    """Writes to a file instead, rotated by size and reopened after it was moved away.
 
     A line that cannot be written is dropped and counted: a full disk must not stop the gateway.
     With `is_stderr` standard error goes to the same file, which catches Python's own messages.
@@ -11707,7 +11670,7 @@ class LogFile:
         self.max_bytes = max_bytes
         self.is_stderr = is_stderr
         self.dropped = 0
-        self.handle = -1
+        self.fd = -1
         self.open()
 
     def open(self) -> None:
@@ -11716,9 +11679,9 @@ class LogFile:
         # O_NONBLOCK: without waiting for a FIFO's reader.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(self.path, flags, 0o600)
-        if self.handle >= 0:
-            os.close(self.handle)
-        self.handle = fd
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = fd
         if self.is_stderr:
             os.dup2(fd, 2)
         status = os.fstat(fd)
@@ -11731,7 +11694,7 @@ class LogFile:
         data = text.encode("utf-8", "backslashreplace")
         try:
             self.reopen_or_rotate(len(data))
-            os.write(self.handle, data)
+            os.write(self.fd, data)
         except OSError:
             self.dropped += text.count("\n")
 
@@ -11754,7 +11717,7 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
     handlers: list[Any] = logging.getLogger().handlers
-    handlers[:] = [LogHandler(file or sys.stderr)]
+    handlers[:] = [file or LogHandler()]
     set_log_level(level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # The documented way to skip what no line shows (logging HOWTO, "Optimization").
@@ -12340,15 +12303,14 @@ class HttpClient:
         sent_at = time.monotonic()
         connection.has_received = False
         response: UpstreamResponse | None = None
-        deadline = asyncio.timeout(limit_s)
+        timer = connection.loop.call_later(limit_s, connection.transport.abort)
         try:
-            async with deadline:
-                connection.transport.write(message)
-                head = await self.read_head(connection)
+            connection.transport.write(message)
+            head = await self.read_head(connection)
             response = UpstreamResponse(self, connection, head, response_body(head, method))
             return response
         except (EOFError, OSError) as error:
-            if deadline.expired():
+            if time.monotonic() - sent_at >= limit_s:
                 raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
             may_be_stale = connection.is_reused and not connection.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
@@ -12359,6 +12321,7 @@ class HttpClient:
         except WireError as error:
             raise UpstreamError(f"{host} sent a malformed response: {error}.") from None
         finally:
+            timer.cancel()
             if response is None:
                 connection.transport.abort()
 
@@ -13950,7 +13913,7 @@ class Ledger:
 
     def begin_write(self) -> asyncio.Future[Any]:
         batch, self.pending = self.pending, []
-        self.spending.begin_write()
+        self.spending.unwritten.clear()
         month = month_start(time.time()) if self.spending_read else 0.0
         loop = asyncio.get_running_loop()
 
@@ -19704,7 +19667,7 @@ def start_detached(launch: Launch, paths: Paths) -> Json:
         log_file = start_log("info", log)
     assert log_file is not None
     offset = log_file.size
-    status = start_process(launch, paths, log_file.handle, detach=True)
+    status = start_process(launch, paths, log_file.fd, detach=True)
     for fd in launch.descriptors():
         os.close(fd)
     if status is None or "error" in status:
