@@ -433,7 +433,6 @@ MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 MAX_METRIC_SERIES = 200
 
 GITHUB_URL = "https://github.com"
-GITHUB_API_URL = "https://api.github.com"
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
 # As of when the versions, hosts and models of the tables below were seen.
 BUILT_IN_FACTS = {"copilot": "2026-11", "kiro": "2026-11", "kiro_version": "2026-09"}
@@ -548,17 +547,14 @@ class ContextTooLong(InvalidRequest, kind="context_too_long"):
 
     def __init__(self, used: int | None = None, limit: int | None = None) -> None:
         self.is_counted = used is not None and limit is not None
-        text = "prompt is too long for the context window of this model"
-        self.openai_text = (
-            "This model's maximum context length is exceeded by your messages. "
-            "Please reduce their length."
-        )
         if self.is_counted:
             text = f"prompt is too long: {used} tokens > {limit} maximum"
-            self.openai_text = (
-                f"This model's maximum context length is {limit} tokens. However, your messages "
-                f"resulted in {used} tokens. Please reduce the length of the messages."
-            )
+            openai_text = f"is {limit} tokens. However, your messages resulted in {used} tokens. "
+            openai_text += "Please reduce the length of the messages."
+        else:
+            text = "prompt is too long for the context window of this model"
+            openai_text = "is exceeded by your messages. Please reduce their length."
+        self.openai_text = f"This model's maximum context length {openai_text}"
         super().__init__(text)
 
 
@@ -1012,7 +1008,6 @@ def get_str(obj: Json, key: str) -> str:
 
 # Controls a terminal or is invisible there: controls, bidi marks, line separators, Unicode's
 # Default_Ignorable_Code_Point (DerivedCoreProperties); and lone surrogates, which UTF-8 lacks.
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 INVISIBLE_CHARACTERS = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff"
@@ -1065,14 +1060,11 @@ SECRET_PATTERNS = re.compile(
 SECRET_HINTS = (
     "gh", "github_pat_", "tid=", "bearer", "token", "aoa", "aor", "ksk_", "eyj", "sk-",
 )  # fmt: skip
-SECRET_PREFIX_CHARS = 12  # characters by which a known secret is recognised
-MIN_SECRET_CHARS = 6  # a shorter one may occur in any text
-SECRET_MARGIN_CHARS = 64  # characters; more than any pattern's shortest match
 
 
 def redact(text: str, limit: int) -> str:
     """The first `limit` characters with secrets masked, even one that the limit cuts."""
-    text = text[: limit + SECRET_MARGIN_CHARS]
+    text = text[: limit + 64]  # any pattern's shortest match is shorter
     lower = text.lower()
     if any(map(lower.__contains__, SECRET_HINTS)):
         text = SECRET_PATTERNS.sub("[secret]", text)
@@ -1095,8 +1087,8 @@ def mask_arguments(text: str, arguments: Iterable[str]) -> str:
 def mask_secrets(text: str, known_secrets: Iterable[str]) -> str:
     """`text` without any of the `known_secrets`, even if only the beginning of one is left."""
     for secret in filter(None, known_secrets):
-        prefix = secret[:SECRET_PREFIX_CHARS]
-        index = text.find(prefix) if len(prefix) >= MIN_SECRET_CHARS else -1
+        prefix = secret[:12]
+        index = text.find(prefix) if len(prefix) >= 6 else -1  # shorter ones occur in any text
         while index >= 0:
             size = next(n for n in range(len(secret), 0, -1) if text.startswith(secret[:n], index))
             text = f"{text[:index]}[secret]{text[index + size :]}"
@@ -1133,7 +1125,6 @@ TARGET = re.compile(r"[!-~]+")
 # A name or an address alone; two colons make it IPv6, whose zone may follow.
 HOST = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:.]+(?:%[\w.-]+)?")
 HOST_FORM = "a host name or an IP address, not a URL; the port goes into server.port"
-LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 
 def split_host(value: str) -> tuple[str, str] | None:
@@ -1151,7 +1142,7 @@ def split_host(value: str) -> tuple[str, str] | None:
 
 def is_loopback(host: str) -> bool:
     host = host.strip("[]").lower()
-    if host in LOOPBACK_NAMES:
+    if host in ("localhost", "localhost.localdomain", "ip6-localhost"):
         return True
     try:
         address = ipaddress.ip_address(host)
@@ -1240,7 +1231,7 @@ def url(default: str = "") -> Any:
 def check_text(value: str) -> str:
     if any(ord(char) < 32 or ord(char) == 127 for char in value):
         return "must not contain control characters"
-    return "must be valid UTF-8" if HALF_CHARACTER.search(value) else ""
+    return "must be valid UTF-8" if re.search("[\ud800-\udfff]", value) else ""
 
 
 def check_api_key(value: Any) -> str:
@@ -1293,7 +1284,7 @@ class CopilotConfig:
         "individual", one_of("individual", "business", "enterprise"), normalize=str.lower
     )
     github_url: str = url(GITHUB_URL)
-    github_api_url: str = url(GITHUB_API_URL)
+    github_api_url: str = url("https://api.github.com")
     api_url: str = url()  #: "" = endpoints.api of the token response
     #: Copilot-Integration-Id; "" = the editor's, or for tokens for programs the Copilot CLI's
     integration_id: str = setting("", matching(HEADER_WORD, "a word like copilot-developer-cli"))
@@ -1401,10 +1392,9 @@ class ConfigReader:
         kind = BadSetting if self.source == "command line" else ConfigError
         return kind(f"{self.source}: {key}: {problem}")
 
-    def unknown_key(self, key: str, name: str, known_keys: Iterable[str]) -> ConfigError:
-        known_keys = sorted(known_keys)
+    def unknown_key(self, key: str, name: str, known_keys: Collection[str]) -> ConfigError:
         matches = nearest(name, known_keys, 1)
-        valid = f"did you mean {matches[0]!r}?" if matches else "valid: " + ", ".join(known_keys)
+        valid = f"did you mean {matches[0]!r}?" if matches else f"valid: {', '.join(known_keys)}"
         return self.error(key, f"is not a known key; {valid}")
 
     def read_config(self, table: Json) -> Config:
@@ -1473,9 +1463,7 @@ class ConfigReader:
         if not is_valid or (kind is list and not all(isinstance(entry, str) for entry in value)):
             raise self.error(key, f"must be {type_name}")
         check: Check | None = item.metadata.get("check")
-        problem = check_text(value) if kind is str else ""
-        if not problem and check:
-            problem = check(value)
+        problem = (kind is str and check_text(value)) or (check and check(value))
         if problem:
             raise self.error(key, problem)
         return float(value) if item.type == "float" else value
@@ -1496,8 +1484,7 @@ def read_config_text(text: str, source: str) -> Config:
     return ConfigReader(source).read_config(table)
 
 
-ENV_PREFIX = "AICLIENT_API_"
-# Short forms, like the command line's flags.
+# Short forms of variables, like the command line's flags.
 ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 
 
@@ -1522,8 +1509,7 @@ def parse_setting(text: str, kind: str) -> Any:
     if kind == "list[str]":
         return [item.strip() for item in text.split(",") if item.strip()]
     with contextlib.suppress(ValueError):
-        if kind in ("int", "float"):
-            return int(text) if kind == "int" else float(text)
+        return {"int": int, "float": float}.get(kind, str)(text)
     return text
 
 
@@ -1553,7 +1539,7 @@ def apply_environment(config: Config, environ: dict[str, str]) -> list[str]:
     names = {key.upper().replace(".", "_").replace("-", "_"): key for key in keys}
     ignored = []
     for variable, text in sorted(environ.items()):
-        name = variable.removeprefix(ENV_PREFIX)
+        name = variable.removeprefix("AICLIENT_API_")
         if name == variable or not text.strip():
             continue
         key = names.get(ENV_SHORT.get(name, name))
@@ -1569,7 +1555,7 @@ def apply_environment(config: Config, environ: dict[str, str]) -> list[str]:
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
     """None and "" mean not given; unknown keys are ignored: another version may pass them."""
-    for key in [key for key, _, _ in iter_settings(config)]:
+    for key, _, _ in list(iter_settings(config)):
         text = flags.get(key) or ""
         if text.strip():
             flag = "--" + key.rpartition(".")[2].replace("_", "-")
@@ -1615,10 +1601,8 @@ def describe_settings(config: Config) -> list[Json]:
 def changed_settings(old: Config, new: Config) -> list[str]:
     """Of a table that is only in one of them, the settings that it does not leave at default."""
     values, new_values = dict(effective_settings(old)), dict(effective_settings(new))
-    common = values.keys() & new_values.keys()
-    changed = {key for key in common if values[key] != new_values[key]}
-    single = values.keys() ^ new_values.keys()
-    return sorted(changed | (single & (old.origins.keys() | new.origins.keys())))
+    keys = values.keys() & new_values.keys() | old.origins.keys() | new.origins.keys()
+    return sorted(key for key in keys if values.get(key) != new_values.get(key))
 
 
 # 4.1 editing config.toml in place: comments and order are kept
@@ -1780,8 +1764,7 @@ class RequestHead:
     headers: Headers
 
 
-@dataclass(slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     status: int
     minor: int
     headers: Headers
@@ -2144,10 +2127,7 @@ MALFORMED_EVENT = "The upstream sent an event that is not a JSON object."
 
 
 def load_frame(data: bytes) -> Json | None:
-    """The JSON object of one event; None where there is none.
-
-    The shared decoder's scanner costs half of `json.loads` with its options.
-    """
+    """The JSON object of one event or None; in half the time of `json.loads` with options."""
     if has_too_many_values(data):
         return None
     try:
@@ -10822,11 +10802,9 @@ class RateLimiter:
 
     def wait_for(self, client: str, now: float) -> float:
         """Seconds until a request is allowed, 0 = now; `now` is monotonic."""
-        if not self.gap_s:
-            return 0.0
         ready_at = self.next_at.get(client, 0.0)
-        if ready_at > now:
-            return ready_at - now
+        if ready_at > now or not self.gap_s:
+            return max(0.0, ready_at - now)
         if len(self.next_at) >= self.MAX_CLIENTS:
             self.next_at = {address: at for address, at in self.next_at.items() if at > now}
         self.next_at[client] = now + self.gap_s
@@ -11030,10 +11008,10 @@ class UsageQuery:
 def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
     """Raises InvalidRequest."""
     query = UsageQuery()
-    expected = {
-        "by": f"one of {', '.join(USAGE_GROUPS)}",
-        "recent": f"a number from 0 to {MAX_RECENT_REQUESTS}",
-        "cache": "0 or 1",
+    problems = {
+        "by": f"must be one of {', '.join(USAGE_GROUPS)}",
+        "recent": f"must be a number from 0 to {MAX_RECENT_REQUESTS}",
+        "cache": "must be 0 or 1",
     }
     for name, text in parameters.items():
         number = int(text) if re.fullmatch(r"[0-9]{1,6}", text) else -1
@@ -11045,11 +11023,9 @@ def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
             query.recent = number
         elif name == "cache" and text in ("0", "1"):
             query.cache = text == "1"
-        elif name in expected:
-            raise InvalidRequest(f"{name}: must be {expected[name]}.", param=name)
         else:
-            message = f"{name[:100]}: unknown parameter; known are since, by, recent and cache."
-            raise InvalidRequest(message, param=name[:100])
+            problem = problems.get(name, "unknown parameter; known are since, by, recent and cache")
+            raise InvalidRequest(f"{name[:100]}: {problem}.", param=name[:100])
     return query
 
 
@@ -11291,7 +11267,7 @@ class Metrics:
         self.models = NameTable(MAX_METRIC_SERIES)
 
     def count_request(self, route: str, method: str, status: int) -> None:
-        method = method if method in HTTP_METHODS else "other"
+        method = method if method in HTTP_METHODS else OTHER
         self.series["http_requests_total"][route, method, status] += 1
 
     def count_attempts(self, provider: str, attempts: int, refusals: list[str]) -> None:
@@ -12008,12 +11984,8 @@ class UpstreamResponse:
     def __init__(
         self, client: HttpClient, connection: PooledConnection, head: ResponseHead, body: Body
     ) -> None:
-        self.status = head.status
-        self.headers = head.headers
-        self.client = client
-        self.connection = connection
-        self.hold = connection.hold
-        self.body = body
+        self.status, self.headers, self.body = head.status, head.headers, body
+        self.client, self.connection, self.hold = client, connection, connection.hold
         self.keep_alive = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
         # All requests ask for identity, but a middlebox may compress all the same.
@@ -12495,9 +12467,7 @@ class ResponseWriter:
     tail = b""  #: the last bytes, sent together with the end of the body
 
     def __init__(self, connection: ServerConnection, head: bytes, chunked: bool) -> None:
-        self.connection = connection
-        self.head = head
-        self.chunked = chunked
+        self.connection, self.head, self.chunked = connection, head, chunked
         self.last_at = time.monotonic()
         #: called when the client's reading lags (True: pause the source) or has caught up (False)
         self.on_flow: Callable[[bool], None] = lambda _paused: None
@@ -12530,21 +12500,21 @@ def http_date(second: int) -> str:
 class ServerConnection(StreamProtocol):
     """One client: its requests are read one at a time and served in order."""
 
+    peer = "local"
+    task: asyncio.Task[None] | None = None
+    hangup_target: asyncio.Task[None] | None = None
+    allows_half_close = closing = False
+    writer: ResponseWriter | None = None
+    #: the request in progress, and whether its response head has gone out: there is only one
+    request: Request | None = None
+    response_started = False
+    #: when the client last accepted pending bytes, and how many were pending then
+    progress_at = 0.0
+    unsent = 0
+
     def __init__(self, server: Server) -> None:
         super().__init__()
         self.server = server
-        self.peer = "local"
-        self.task: asyncio.Task[None] | None = None
-        self.hangup_target: asyncio.Task[None] | None = None
-        self.allows_half_close = False
-        self.writer: ResponseWriter | None = None
-        #: the request in progress, and whether its response head has gone out: there is only one
-        self.request: Request | None = None
-        self.response_started = False
-        #: when the client last accepted pending bytes, and how many were pending then
-        self.progress_at = 0.0
-        self.unsent = 0
-        self.closing = False
         #: idle, head, body or busy: what the deadline is for
         self.start_phase("head", server.config.head_seconds)
 
@@ -12784,26 +12754,19 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
+@dataclass(eq=False)
 class Server:
     """Accepts connections and passes requests to one handler.  It knows nothing of AI."""
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        ticker: Ticker,
-        handler: Callable[[Request], Awaitable[Response]],
-        write_error: Callable[[ApiError, Request | None], Response],
-    ) -> None:
-        self.config = config
-        self.ticker = ticker
-        self.handler = handler
-        self.write_error = write_error
-        self.connections: set[ServerConnection] = set()
-        self.body_bytes = 0  #: in memory, of all requests
-        #: every response is the last one of its connection
-        self.closing = False
-        self.draining = False
-        self.listeners: list[asyncio.Server] = []
+    config: ServerConfig
+    ticker: Ticker
+    handler: Callable[[Request], Awaitable[Response]]
+    write_error: Callable[[ApiError, Request | None], Response]
+    connections: set[ServerConnection] = field(default_factory=set)
+    body_bytes: int = 0  #: in memory, of all requests
+    closing: bool = False  #: every response is the last one of its connection
+    draining: bool = False
+    listeners: list[asyncio.Server] = field(default_factory=list)
 
     async def listen(self, listeners: list[socket.socket]) -> None:
         """Takes ownership of the sockets."""
@@ -12855,11 +12818,7 @@ class Server:
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
-        """Stops accepting, lets responses finish for `seconds`, then ends the others.
-
-        Started streams end with an error, other requests get an error response, and clients
-        that do not read are aborted.
-        """
+        """Stops accepting, lets responses finish for `seconds`, then ends the others in errors."""
         self.draining = True
         self.stop_accepting()
         for connection in self.connections:
