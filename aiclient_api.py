@@ -235,14 +235,12 @@ MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
 MAX_INFLATED_BYTES = 4 * MIB  # per read of 64 KiB: text compresses 10 to 50 times, bombs 1,000
-# Anthropic's API takes 32 MB.  Counting and parsing text made only of escapes blocks for 9 ms per
-# MiB: twice as much would stall all other requests for half a second.
+# Anthropic's API takes 32 MB; text made only of escapes blocks all others for 9 ms per MiB.
 MAX_BODY_MIB = 32
 MAX_BODIES_BYTES = 256 * MIB  # of all requests in flight: eight of the largest, hundreds of typical
 MAX_PORT = 65_535
-# Parsing and converting a JSON body blocks all streams: 30 MiB of tiny values took 7 s and
-# gigabytes, so brackets, commas and colons outside strings are counted before parsing.  The most
-# expensive body below this limit, 10,000 pairs of turns to be converted, blocks for 0.3 s.
+# Brackets, commas and colons outside strings, counted before parsing, which blocks all streams:
+# the most expensive body below this limit, 10,000 pairs of turns, takes 0.3 s to convert.
 MAX_JSON_VALUES = 200_000
 MAX_URL_ESCAPES = 100_000  # like %41, in a data URL: pictures and files come as base64
 MAX_PACKED_VALUES = 100  # in what a client gives back of ours; it has 10
@@ -330,8 +328,7 @@ MAX_STOP_CHARACTERS = 8192  # of all together: each piece of a response may be s
 MAX_EMBEDDED = 256  # texts per request: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
-# What an upstream rejected is left out of later requests.  It is tried again after an hour, at the
-# price of one refused attempt: the service may have changed, or one client been odd.
+# What was rejected is left out of later requests until then: the service may have changed.
 REJECTION_SECONDS = 3600.0
 MAX_REJECTIONS = 16  # per model and dialect, whatever odd clients add
 MAX_REJECTION_SCOPES = 64  # pairs of model and dialect
@@ -706,9 +703,6 @@ class WireError(Exception):
         self.status = status
 
 
-TRUNCATED_RESPONSE = "The upstream's response ended prematurely."
-
-
 # ---- 3. Small tools ----------------------------------------------------------------------------
 
 json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -763,8 +757,6 @@ number_parsers: Json = {
 }  # fmt: skip
 json_decoder: Any = json.JSONDecoder(**number_parsers)
 unique_decoder: Any = json.JSONDecoder(**number_parsers, object_pairs_hook=unique_pairs)
-
-
 BOM = "\ufeff"  # editors on Windows put one before a text
 
 
@@ -1056,6 +1048,8 @@ SECRET_PATTERNS = re.compile(
     r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
     r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}(?:\.[\w-]*){0,2}|sk-[\w-]{8,}"
 )
+# What could be a key or a token of some service: base64 or hexadecimal digits, and no path.
+KEY_LIKE = re.compile(r"[0-9a-f]{32,}|(?![/.~])(?=.*[0-9])(?=.*[a-z])(?=.*[A-Z])[\w+/=~-]{32,}")
 # In lower case: no pattern matches a text without one of these, and most log lines have none.
 SECRET_HINTS = (
     "gh", "github_pat_", "tid=", "bearer", "token", "aoa", "aor", "ksk_", "eyj", "sk-",
@@ -1069,10 +1063,6 @@ def redact(text: str, limit: int) -> str:
     if any(map(lower.__contains__, SECRET_HINTS)):
         text = SECRET_PATTERNS.sub("[secret]", text)
     return text[:limit]
-
-
-# What could be a key or a token of some service: base64 or hexadecimal digits, and no path.
-KEY_LIKE = re.compile(r"[0-9a-f]{32,}|(?![/.~])(?=.*[0-9])(?=.*[a-z])(?=.*[A-Z])[\w+/=~-]{32,}")
 
 
 def mask_arguments(text: str, arguments: Iterable[str]) -> str:
@@ -1124,6 +1114,7 @@ HOST_VALUE = re.compile(
 TARGET = re.compile(r"[!-~]+")
 # A name or an address alone; two colons make it IPv6, whose zone may follow.
 HOST = re.compile(r"[\w-]+(?:\.[\w-]+)*\.?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:.]+(?:%[\w.-]+)?")
+PROXY_FORM = "must be like http://[user:password@]host:port; SOCKS is not supported"
 HOST_FORM = "a host name or an IP address, not a URL; the port goes into server.port"
 
 
@@ -1185,16 +1176,12 @@ def proxy_url(value: str) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
-PROXY_FORM = "must be like http://[user:password@]host:port; SOCKS is not supported"
-
-
 def check_proxy(value: str) -> str:
     """Never repeats the value: it may contain a password."""
     return PROXY_FORM if value and not ("://" in value and proxy_url(value)) else ""
 
 
-# Returns the problem with a value of the right type, or "".
-Check = Callable[[Any], str]
+Check = Callable[[Any], str]  # returns the problem with a value of the right type, or ""
 
 
 def one_of(*choices: str) -> Check:
@@ -1343,6 +1330,8 @@ class LimitsConfig:
     labels: dict[str, CapConfig] = field(default_factory=dict)
 
 
+# Tables whose keys are names chosen by the user.
+NAMED_TABLES = ("providers", "models", "api_keys", "limits.providers", "limits.labels")
 ProviderConfig = CopilotConfig | KiroConfig | EchoConfig
 PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
     "copilot": CopilotConfig,
@@ -1375,10 +1364,6 @@ class Config:
     @property
     def needs_key(self) -> bool:
         return bool(self.api_key or self.api_keys)
-
-
-# Tables whose keys are names chosen by the user.
-NAMED_TABLES = ("providers", "models", "api_keys", "limits.providers", "limits.labels")
 
 
 class ConfigReader:
@@ -1484,10 +1469,6 @@ def read_config_text(text: str, source: str) -> Config:
     return ConfigReader(source).read_config(table)
 
 
-# Short forms of variables, like the command line's flags.
-ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
-
-
 def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
     """Every scalar setting below `target`: (dotted key, owner, field)."""
     for item in fields(target):
@@ -1521,6 +1502,8 @@ def override_setting(config: Config, source: str, origin: str, key: str, text: s
     config.origins[key] = origin
 
 
+# Short forms of variables, like the command line's flags.
+ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 # What Kubernetes (Service, "Environment variables") and Docker's links set for a service called
 # aiclient-api, or aiclient-api-X, in all containers.
 SERVICE_VARIABLE = re.compile(
@@ -1571,8 +1554,8 @@ def check_exposure(config: Config) -> None:
         )
 
 
-# Secrets never leave the process: not in responses, in tables or over the control channel.
 def is_secret_setting(key: str) -> bool:
+    """Secrets never leave the process: not in responses, tables or over the control channel."""
     return key in ("api_key", "network.proxy") or key.startswith("api_keys.")
 
 
@@ -2061,6 +2044,9 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
 
 # ---- 6. Stream framing -------------------------------------------------------------------------
 
+TRUNCATED_RESPONSE = "The upstream's response ended prematurely."
+MALFORMED_EVENT = "The upstream sent an event that is not a JSON object."
+
 
 class SseReader:
     """Server-sent events in, `(event name, data)` out, wherever the reads are split.
@@ -2121,9 +2107,6 @@ class SseReader:
             elif line.startswith(b"{"):
                 data.append(line)
         return (name, b"\n".join(data)) if data else None
-
-
-MALFORMED_EVENT = "The upstream sent an event that is not a JSON object."
 
 
 def load_frame(data: bytes) -> Json | None:
@@ -10915,6 +10898,7 @@ def request_row(row: Json) -> Json:
     }
 
 
+OTHER = "other"  # replaces names beyond a limit
 USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
 
 
@@ -10923,9 +10907,6 @@ def client_label(user_agent: str) -> str:
     """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
     match = USER_AGENT.match(user_agent)
     return "-".join(filter(None, match.groups())).lower() if match else "unknown"
-
-
-OTHER = "other"  # replaces names beyond the limit
 
 
 class NameTable:
@@ -11555,10 +11536,7 @@ class CacheGuard:
 
 # ---- 11. Ticker --------------------------------------------------------------------------------
 
-
 UNQUOTED_VALUE = re.compile(r"[!#-<>-~]+")
-
-
 event_logger = functools.cache(lambda: logging.getLogger("aiclient-api"))
 
 
@@ -12160,9 +12138,6 @@ class PooledConnection(StreamProtocol):
         return time.monotonic() - sent_at < RESET_SECONDS
 
 
-SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
-
-
 class Pool:
     """Idle connections by origin.  No method waits or opens anything."""
 
@@ -12285,7 +12260,8 @@ class HttpClient:
             if time.monotonic() - sent_at >= limit_s:
                 raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
             may_be_stale = connection.is_reused and not connection.has_received
-            was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
+            is_safe = method in ("GET", "HEAD")  # RFC 9110 section 9.2.1
+            was_unread = is_safe or connection.left_unread(error, message, sent_at)
             if may_be_stale and was_unread:
                 return None
             stage = "mid-response" if connection.has_received else "without a response"
@@ -12723,10 +12699,6 @@ class ServerConnection(StreamProtocol):
                     await self.receive()
 
 
-# What bind() raises for an address that this machine does not have; asyncio skips these, too.
-UNAVAILABLE_ADDRESS_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-
-
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Every address of `host` that this machine has, at least one; port 0: any.  Raises OSError."""
     flags = socket.AI_PASSIVE
@@ -12740,7 +12712,8 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
                 listener = socket.create_server(place, family=family, backlog=LISTEN_BACKLOG)
             except OSError as error:
                 failure = error.errno or 0
-                if failure not in UNAVAILABLE_ADDRESS_ERRORS:
+                # That this machine does not have the address: asyncio skips these, too.
+                if failure not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise OSError(failure, os.strerror(failure)) from None
                 continue
             # Accepted sockets inherit it; asyncio sets it only where the socket names its protocol.
