@@ -11037,8 +11037,7 @@ def period_end(period: str, now: float) -> float:
 class Spending:
     """This month's spending by day, provider and label, to compare the caps with.
 
-    Where other processes have written to the same database, rows read from it replace these
-    tallies, except for what was added here since the last write began.
+    Other processes write to the same database: rows read from it replace all but `unwritten`.
     """
 
     def __init__(self) -> None:
@@ -11617,14 +11616,11 @@ class LogFile(LogHandler):
     With `is_stderr` standard error goes to the same file, which catches Python's own messages.
     """
 
-    def __init__(
-        self, path: str, max_bytes: int = MAX_LOG_BYTES, *, is_stderr: bool = False
-    ) -> None:
-        self.path = path
-        self.max_bytes = max_bytes
-        self.is_stderr = is_stderr
-        self.dropped = 0
-        self.fd = -1
+    dropped = 0  #: lines
+    fd = -1
+
+    def __init__(self, path: str, is_stderr: bool = False, max_bytes: int = MAX_LOG_BYTES) -> None:
+        self.path, self.is_stderr, self.max_bytes = path, is_stderr, max_bytes
         self.open()
 
     def open(self) -> None:
@@ -11669,7 +11665,7 @@ class LogFile(LogHandler):
 
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
-    file = LogFile(path, is_stderr=is_stderr) if path else None
+    file = LogFile(path, is_stderr) if path else None
     handlers: list[Any] = logging.getLogger().handlers
     handlers[:] = [file or LogHandler()]
     set_log_level(level)
@@ -12398,9 +12394,7 @@ class Request(RequestHead):
 
     def __init__(self, connection: ServerConnection, head: RequestHead, body: Body) -> None:
         super().__init__(head.method, head.target, head.path, head.query, head.minor, head.headers)
-        self.connection = connection
-        self.client = connection.peer
-        self.body = body
+        self.connection, self.client, self.body = connection, connection.peer, body
 
     async def read_body(self) -> bytes:
         """Decodes gzip and deflate; raises ApiError and WireError."""
@@ -12417,10 +12411,7 @@ class Request(RequestHead):
         return data
 
     def reserve(self, size: int) -> None:
-        """Counts the body as `size` bytes; raises Busy if all bodies together are too large.
-
-        Only received bytes count, and a body that is alone is never refused.
-        """
+        """Counts the body as `size` bytes; raises Busy if it makes all together too large."""
         server = self.connection.server
         others = server.body_bytes - self.reserved_bytes
         if size > self.reserved_bytes and others and others + size > MAX_BODIES_BYTES:
