@@ -556,13 +556,6 @@ def test_conversations_are_bounded_and_the_latest_come_first() -> None:
     assert last[-1] == 50.0  # the first ones went first
 
 
-def test_models_are_bounded() -> None:
-    guard, found = gw.CacheGuard(SALT), prompt(conversation())
-    for number in range(gw.MAX_WATCHED + 50):
-        guard.record(answer(0.0, model=f"m{number}", **MISS), "s", "", found)
-    assert len(guard.reporting) == gw.MAX_WATCHED
-
-
 def test_blocks_are_bounded() -> None:
     """What comes behind the bound is not compared, and not missed."""
     body = conversation()

@@ -528,7 +528,7 @@ def test_a_log_file_is_rotated_and_three_are_kept(tmp_path: Path) -> None:
     log = gw.LogFile(str(path), max_bytes=1000)
     for number in range(100):
         log.write(f"line {number:03d} {'x' * 40}\n")
-    os.close(log.handle)
+    os.close(log.fd)
     files = [path, tmp_path / "x.log.1", tmp_path / "x.log.2"]
     assert sorted(tmp_path.iterdir()) == sorted(files)
     assert all(
@@ -547,7 +547,7 @@ def test_two_writers_of_one_log_rotate_it_once(tmp_path: Path) -> None:
     text = "".join((tmp_path / name).read_text() for name in os.listdir(tmp_path))
     assert sorted(re.findall(r"line (\d\d)", text)) == [f"{n:02d}" for n in range(60)]
     for log in logs:
-        os.close(log.handle)
+        os.close(log.fd)
 
 
 def test_a_running_gateway_rotates_its_log(machine: Machine) -> None:
@@ -810,7 +810,7 @@ def test_no_line_of_a_traceback_passes_for_an_event_of_the_log() -> None:
         raise ValueError(f"{WILD}\n2026-11-22T13:14:15.123Z ERROR spoofed")
     except ValueError:
         record = logging.LogRecord("n", logging.ERROR, "", 0, WILD, (), sys.exc_info())
-    first, *rest = gw.LogHandler(sys.stderr).format(record).split("\n")
+    first, *rest = gw.LogHandler().format(record).split("\n")
     assert first.endswith("ERROR pro kiro SPOOFED 2J ")
     assert rest[-1] == "  2026-11-22T13:14:15.123Z ERROR spoofed"
     assert not any(gw.LOG_LINE.match(line) for line in rest)

@@ -196,7 +196,7 @@ def test_a_label_has_caps_of_its_own() -> None:
 def test_what_others_have_spent_counts_and_nothing_counts_twice() -> None:
     spending = gw.Spending()
     spending.add(answer())
-    spending.begin_write()
+    spending.unwritten.clear()
     spending.add(answer())  # while that was written
     spending.replace([("2026-11-22", "p", "l", 111, 70)])  # with a hundred of another process
     capped = limits(daily_tokens=1000, daily_credits=1000)
