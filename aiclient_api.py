@@ -3864,11 +3864,13 @@ class SchemaRules(NamedTuple):
     keywords: frozenset[str] = frozenset()  #: all that it knows, if that is known
     has_references: bool = True
     has_type_lists: bool = True  #: otherwise `nullable`
+    closed: bool = False  #: objects that name their properties must allow no others
 
 
 #: vendor of the model, or dialect -> its rules; others have the first
 SCHEMA_RULES = {
     "": SchemaRules(frozenset(("$schema", "$id"))),
+    "output_config": SchemaRules(frozenset(("$schema", "$id")), closed=True),
     # Gemini (seen in 2026-08)
     "Google": SchemaRules(
         keywords=frozenset((
@@ -4003,6 +4005,8 @@ def adapt_keywords(schema: Json, rules: SchemaRules) -> Json:
         schema["items"] = {"anyOf": schema["items"]} if schema["items"] else {}
     elif schema.get("type") == "array":
         schema.setdefault("items", {})
+    if rules.closed and "properties" in schema:
+        schema.setdefault("additionalProperties", False)
     names = required_names(schema)
     if "properties" in schema or rules.keywords:
         names = [name for name in names if name in get_dict(schema, "properties")]
@@ -7637,14 +7641,18 @@ WRAPPER = re.compile(r'\{\s*"value"\s*:\s*'), "{", "}"
 
 
 class OutputFilter:
-    """Structured output: the input of OUTPUT_TOOL becomes text, and text loses its code fence."""
+    """Structured output: the input of OUTPUT_TOOL becomes text, and text loses its code fence.
+
+    Text that begins like neither is held back, and is dropped if OUTPUT_TOOL is called after it.
+    """
 
     def __init__(self, context: ResponseContext, output: OutputFormat) -> None:
         self.context = context
         self.is_wrapped = is_wrapped(output)
         client_tools = map(wire_name, tool_names(context.request_body))
         self.tool = "" if OUTPUT_TOOL in client_tools else OUTPUT_TOOL
-        self.kind = ""  #: of the open block: text, call (of OUTPUT_TOOL), skipped, or "" for others
+        self.kind = ""  #: of the open block: text, prose, call (of OUTPUT_TOOL), skipped, or ""
+        self.prose: list[str] = []  #: of a block that is still open for the client
         self.closing: str | None = None  #: None until it is known what surrounds the output
         self.held_text = ""
         self.sent: list[str] = []
@@ -7654,26 +7662,37 @@ class OutputFilter:
         if isinstance(event, BlockStart):
             return self.start_block(event)
         if isinstance(event, MessageStop):
-            return [self.finish(event)]
+            return [*self.flush(), self.finish(event)]
         if not self.kind or not isinstance(event, (BlockDelta, BlockStop)):
             return [event]
-        if self.kind == "skipped":
+        if self.kind in ("prose", "skipped"):
+            if self.prose and isinstance(event, BlockDelta):
+                self.prose.append(event.text)
             return []
         if isinstance(event, BlockDelta):
             return self.send(self.held_text + event.text)
-        return [*self.send(self.held_text, is_last=True), event]
+        events = self.send(self.held_text, is_last=True)
+        return events if self.prose else [*events, event]
+
+    def flush(self) -> list[Event]:
+        text = "".join(self.prose)
+        self.prose.clear()
+        self.sent += [text] if text else []
+        return [BlockDelta("text", text), BlockStop()] if text else []
 
     def start_block(self, event: BlockStart) -> list[Event]:
+        is_call = event.kind == "tool" and event.name == self.tool
+        is_open = is_call and bool(self.prose) and not self.sent
+        if is_open:
+            self.prose.clear()
+        events = self.flush()
+        self.held_text, self.closing = "", "" if is_call and not self.is_wrapped else None
+        if is_call:
+            self.kind = "skipped" if self.sent else "call"
+            return events if self.sent or is_open else [BlockStart("text")]
         self.kind = "text" if event.kind == "text" else ""
-        self.closing, self.held_text = None, ""
-        if event.kind != "tool":
-            return [event]
-        if event.name != self.tool:
-            self.has_calls = True
-            return [event]
-        self.kind = "skipped" if self.sent else "call"
-        self.closing = None if self.is_wrapped else ""
-        return [] if self.sent else [BlockStart("text")]
+        self.has_calls = self.has_calls or event.kind == "tool"
+        return [*events, event]
 
     def send(self, text: str, is_last: bool = False) -> list[Event]:
         if self.closing is None:
@@ -7686,6 +7705,10 @@ class OutputFilter:
                 return []
             self.closing = closing if match else ""
             text = text[match.end() :] if match else text
+            if text and not match and self.kind == "text" and text[0] not in '{["':
+                self.kind = "prose"
+                self.prose.append(text)
+                return []
         if self.closing:
             end = text.find("\n```") if self.kind == "text" else -1
             text = text[: end + 4] if end >= 0 else text  # no JSON has that inside
@@ -8857,20 +8880,13 @@ def can_force_output(draft: BodyDraft, output: OutputFormat) -> bool:
 
 def adapt_output(draft: BodyDraft) -> None:
     """Structured output by the messages dialect's field, by a tool, or else in the prompt."""
-    body, model, output = draft.body, draft.model, draft.output
+    body, output = draft.body, draft.output
     if output is None:
         return
     is_chat, is_refused = draft.dialect == "chat", "field" in draft.rejections.get("output", ())
-    if output.schema and model.structured and not (is_chat or is_refused or is_wrapped(output)):
-        schema = adapt_schema(output.schema, model.vendor)
-        # Claude demands that of each object.
-        schema = map_schema(
-            schema,
-            lambda value: (
-                {"additionalProperties": False, **value} if "properties" in value else value
-            ),
-        )
-        output_format = {"type": "json_schema", "schema": schema}
+    schema = output.schema or {}
+    if schema.get("properties") and draft.model.structured and not (is_chat or is_refused):
+        output_format = {"type": "json_schema", "schema": adapt_schema(schema, "output_config")}
         body["output_config"] = {**body.get("output_config", {}), "format": output_format}
     elif can_force_output(draft, output):
         named, required = OUTPUT_CHOICES[draft.dialect]
@@ -8883,11 +8899,8 @@ def adapt_output(draft: BodyDraft) -> None:
     else:
         instruction = output_instruction(output)
         if is_chat:
-            messages = body["messages"]
-            if messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
-                instruction = f"{messages[0]['content']}\n\n{instruction}"
-                messages = messages[1:]
-            body["messages"] = [{"role": "system", "content": instruction}, *messages]
+            messages = [{"role": "system", "content": instruction}, *body["messages"]]
+            body["messages"] = join_neighbours(messages)
         else:
             body["system"] = [*as_parts(body.get("system")), text_part(instruction)]
         draft.dropped.append("response_format" if is_chat else "output_config.format")
@@ -18202,9 +18215,7 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """No credits on a stream: what it costs is not known yet."""
-        invalid = ["structured_output_invalid"] if self.translator.context.invalid_output else []
-        names = [*self.call.dropped, *invalid]
-        headers = response_headers(self.provider, self.call.model, names)
+        headers = response_headers(self.provider, self.call.model, self.call.dropped)
         record = self.request.usage_record
         if record is not None and record.usage.credits_source:
             headers["x-aiclient-credits"] = f"{record.usage.nano_credits / 1e9:.9g}"
@@ -18273,8 +18284,8 @@ class Exchange:
         if isinstance(failure, WrongDialect):
             return  # will be asked again in another dialect
         if self.translator.context.invalid_output:
-            facts = {"id": self.request.id, "provider": self.provider.name, "model": call.model.id}
-            log_event("warning", "structured_output_invalid", **facts)
+            call.dropped.append("structured_output_invalid")
+            log_event("warning", call.dropped[-1], id=self.request.id, model=call.model.id)
         if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
             self.provider.refused(call.model.id, failure)
         translator = self.translator

@@ -88,13 +88,14 @@ def brain(dialect: str, body: Json) -> Sequence[AnyPart]:
         return [Say("I would rather not.")]
     if dialect == "responses" or "response_format" in body or "output_config" in body:
         return [Say(json.dumps(value))]
+    chatter = [Say("Let me see.")] if "chatter" in text else []
     if "use the tool" in text and not tool_results(dialect, body):
-        return [Call("look", {"path": "a"})]
+        return [*chatter, Call("look", {"path": "a"})]
     forced = json.dumps(choice)
     if TOOL in forced or "required" in forced or "any" in forced:
         wrapped = "value" in schemas[TOOL]["properties"]
         call = Call(TOOL, {"value": value} if wrapped else value)
-        return [call, call] if "twice" in text else [call]
+        return [*chatter, call, call] if "twice" in text else [*chatter, call]
     return [Say(fenced(value))]
 
 
@@ -219,6 +220,21 @@ def test_tools_of_the_client_work_beside_it(
 
 
 @STREAMED
+@pytest.mark.parametrize("model", [GEMINI, SONNET, ONLY_MESSAGES, GROK])
+@EVERY_CALLER
+def test_words_before_the_call_are_dropped(trio: Trio, path: str, model: str, stream: bool) -> None:
+    assert output_of(trio.ask(path, "chatter", model, stream=stream, **wish(path))) == ANSWER
+
+
+@STREAMED
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def test_words_before_a_call_of_the_client_stay(trio: Trio, path: str, stream: bool) -> None:
+    more = {"tools": [tool(path)], "stream": stream, **wish(path)}
+    said = hear(trio.ask(path, "chatter, use the tool", SONNET, **more))
+    assert said.text == "Let me see." and len(said.calls) == 1
+
+
+@STREAMED
 def test_a_second_call_is_not_sent_behind_the_first(trio: Trio, stream: bool) -> None:
     reply = trio.ask(CHAT, "twice", ONLY_MESSAGES, stream=stream, **wish(CHAT))
     assert output_of(reply) == ANSWER
@@ -275,6 +291,22 @@ def test_the_field_is_sent_where_the_model_lists_it(trio: Trio, path: str) -> No
     assert body["output_config"]["format"] == {"type": "json_schema", "schema": SCHEMA}
     assert "tools" not in body and body["thinking"]["type"] == "adaptive"
     assert "x-aiclient-dropped" not in reply.headers
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, LIST], ids=["any object", "list"])
+def test_the_field_is_not_used_for_an_open_object_or_another_root(trio: Trio, schema: Json) -> None:
+    """The vendor wants each object closed, and an object at the root."""
+    reply = trio.ask(MESSAGES, "hi", LISTED, **wish(MESSAGES, schema))
+    assert output_of(reply) == ([1, 2] if schema is LIST else ANSWER)
+    assert names(trio.fake.calls[0].body) == [TOOL]
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def test_the_choice_of_no_tool_is_for_those_of_the_client(trio: Trio, path: str) -> None:
+    choice: Any = "none" if path == CHAT else {"type": "none"}
+    more = {"tools": [tool(path)], "tool_choice": choice, **wish(path)}
+    assert output_of(trio.ask(path, "use none", SONNET, **more)) == ANSWER
+    assert TOOL in json.dumps(trio.fake.calls[0].body["tool_choice"])
 
 
 @pytest.mark.parametrize(
