@@ -78,7 +78,6 @@ Files read and written
     $XDG_STATE_HOME/aiclient-api/machine.json            read, written (0600): random ids
     $XDG_STATE_HOME/aiclient-api/daemon.pid, .sock, .log, .log.1, .log.2  (0600), of the daemon;
         if its path would be too long, the socket is in $XDG_RUNTIME_DIR or the temporary folder
-    $XDG_STATE_HOME/aiclient-api/bytecode/               compiled copy of this file
     $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
     by `auth import` only: the places of IMPORTS, like ~/.config/github-copilot, ~/.aws/sso/cache
@@ -184,6 +183,7 @@ if TYPE_CHECKING:
     import tomllib
     import urllib.parse
     import urllib.request
+    from types import CodeType
 else:
     import concurrent
     import email
@@ -13021,7 +13021,6 @@ class Paths:
         self.socket_file = state("daemon.sock")  #: unless its path is too long
         self.log_file = state("daemon.log")
         self.usage_file = state("usage.db")
-        self.bytecode_dir = state("bytecode")  #: a script would be compiled at every start
 
     def token_file(self, provider: str) -> str:
         return os.path.join(self.config_dir, provider, "token.json")
@@ -13165,7 +13164,7 @@ def program_command() -> str:
     """What to type to run this program, as its user did: `python3 -m aiclient_api`."""
     typed, size = sys.orig_argv, len(sys.orig_argv) - len(sys.argv) + 1
     if size == 1:
-        return typed[0]  # in the background: see read_launch
+        return typed[0]  # in the background: see main_detached
     if not sys.argv[0].endswith(".py") or os.path.basename(sys.argv[0]) == "__main__.py":
         return "aiclient-api"
     python = "python3" if "/" in typed[0] else typed[0]
@@ -13310,8 +13309,6 @@ def open_state(paths: Paths, *, is_required: bool = True) -> bool:
     """
     try:
         make_private_dir(paths.state_dir)
-        if os.path.isdir(paths.bytecode_dir):
-            check_folder(paths.bytecode_dir)
         return is_required or os.access(paths.state_dir, os.W_OK | os.X_OK)
     except OSError as error:
         if not is_required and error.errno in (errno.EACCES, errno.EROFS):
@@ -18298,10 +18295,9 @@ class Launch:
     activated: bool = False  #: a service manager opened the sockets: they are always used
     listeners: list[int] = field(default_factory=list)  #: descriptors of listening sockets
     lock: int = -1  #: descriptor
-    report: int = -1  #: descriptor of a socket for the first report
 
     def descriptors(self) -> list[int]:
-        return [fd for fd in (*self.listeners, self.lock, self.report) if fd >= 0]
+        return [fd for fd in (*self.listeners, self.lock) if fd >= 0]
 
 
 # 18.1 the lock
@@ -18426,30 +18422,18 @@ def open_port(host: str, port: int) -> list[socket.socket]:
 
 # 18.3 the process
 
-# A background process runs bytecode: compiling this file takes half a second, and 30 MiB that are
-# never given back.  Its parent reads the file and passes the bytecode of exactly what was read, so
-# what runs is what `--version` hashes.  Before it comes the Launch, on one line: the flags of
-# `start`, the key among them, are not in the arguments, which every user can list.
+# What serves runs from bytecode, in a process without the compiler's memory: compiling this file
+# takes half a second, and 30 MiB that are never given back.  The arguments: a descriptor that has
+# the bytecode, this file, the function to call, and what becomes sys.argv.
 LAUNCHER = """\
 import marshal, os, sys, types
-if "detach" in sys.argv and os.fork():
-    os._exit(0)
-launch = sys.stdin.buffer.readline()
+fd, path, entry = sys.argv[1:4]
+del sys.argv[:4]
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
-module.__file__ = sys.argv[1]
-exec(marshal.loads(sys.stdin.buffer.read()), module.__dict__)
-sys.exit(module.main_detached(launch))
-"""
-# `start --foreground` of a bare file continues like this, in its process and without the compiler's
-# memory, from the bytecode that Python has made of it.
-CONTINUATION = """\
-import marshal, os, sys, types
-module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
-module.__file__ = sys.argv[2]
-with open(int(sys.argv[1]), "rb") as file:
-    del sys.argv[:3]
-    exec(marshal.load(file), module.__dict__)
-sys.exit(module.main())
+module.__file__ = path
+with open(int(fd), "rb") as file:
+    exec(marshal.loads(file.read()), module.__dict__)
+sys.exit(getattr(module, entry)())
 """
 COMPILER = """\
 import marshal, sys
@@ -18484,105 +18468,71 @@ def read_program() -> bytes:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def compile_program(source: bytes) -> bytes:
-    """In a child process, so that its memory is given back; raises ProgramError and OSError."""
-    command = [sys.executable, "-I", "-c", COMPILER, program_file()]
-    result = subprocess.run(command, input=source, capture_output=True, check=False)
+def bare_code() -> CodeType | None:
+    """What Python has just compiled, if this file runs as a script."""
+    frame = sys._getframe()  # noqa: SLF001 - documented
+    while frame.f_back is not None:
+        frame = frame.f_back
+    is_bare = frame.f_globals is globals() and os.path.isfile(sys.argv[0])
+    return frame.f_code if is_bare else None
+
+
+def load_bytecode() -> bytes:
+    """This program's: as Python has it already, otherwise of the file as it is now.
+
+    Compiles in a child process, so that its memory is given back; raises ProgramError and OSError.
+    """
+    path, spec = program_file(), globals()["__spec__"]
+    code = bare_code()
+    if code is None and spec is not None and os.path.isfile(path):
+        code = spec.loader.get_code(spec.name)
+    if code is not None:
+        return marshal.dumps(code)
+    command = [sys.executable, "-I", "-c", COMPILER, path]
+    result = subprocess.run(command, input=read_program(), capture_output=True, check=False)
     if result.returncode:
         last_line = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         reason = last_line or f"exit status {result.returncode}"
-        raise ProgramError(f"{program_file()}: cannot be compiled: {reason}")
+        raise ProgramError(f"{path}: cannot be compiled: {reason}")
     return result.stdout
 
 
-def load_bytecode(paths: Paths) -> bytes:
-    """This file as it is now, compiled; raises ProgramError and OSError.
-
-    The state folder caches it, preceded by its hash.  If that does not match, because the bytecode
-    is old, torn or another Python's, the file is compiled again and the cache replaced.
-    """
-    path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
-    source = read_program()
-    origin = importlib.util.MAGIC_NUMBER + os.fsencode(program_file()) + source
-    try:
-        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
-            digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
-        if digest == hashlib.sha256(origin + bytecode).digest():
-            return bytecode
-    except FileNotFoundError:
-        pass  # the first start
-    except OSError as error:
-        log_event("warning", "bytecode_unusable", path=path, reason=error.strerror)
-    bytecode = compile_program(source)
-    try:
-        make_private_dir(paths.bytecode_dir)
-        if os.path.isdir(path):
-            quarantine(path)
-        replace_file(path, hashlib.sha256(origin + bytecode).digest() + bytecode)
-    except OSError as error:
-        log_event("warning", "bytecode_not_saved", path=path, reason=error.strerror)
-    return bytecode
-
-
-def read_launch(data: bytes) -> Launch:
-    """From JSON.  Standard input and output lead to /dev/null from now on."""
-    values = json.loads(data)
-    names = {item.name for item in fields(Launch)}  # another version may have others
-    launch = Launch(**{name: value for name, value in values.items() if name in names})
-    sys.argv[:] = sys.orig_argv[:] = [launch.program]
-    devnull = os.open(os.devnull, os.O_RDWR)
-    os.dup2(devnull, 0)
-    os.dup2(devnull, 1)
-    os.close(devnull)
-    for fd in launch.descriptors():
-        os.set_inheritable(fd, False)
-    return launch
-
-
 def start_process(
-    launch: Launch, paths: Paths, stderr: int | None = None, *, detach: bool = False
+    launch: Launch, stderr: int | None = None, *, detach: bool = False
 ) -> Json | None:
     """Starts a gateway process; returns its report: its status or `{"error"}`.
 
     None if it exits or times out without one; raises ProgramError and OSError.  A detached process
-    has forked once more, so that it can never acquire a terminal.
+    has forked once more, so that it can never acquire a terminal.  Launch and report go over a
+    socket: the flags of `start` are not in the arguments, which every user can list.
     """
-    bytecode = load_bytecode(paths)
-    reader, writer = socket.socketpair()
-    with reader:
-        with writer:
-            launch = replace(launch, report=writer.fileno())
-            command = [sys.executable, "-I", "-c", LAUNCHER, program_file()]
+    bytecode = load_bytecode()
+    starter, peer = socket.socketpair()
+    with starter:
+        with peer:
+            starter.sendall(dump_message(asdict(launch)))
+            starter.shutdown(socket.SHUT_WR)
+            command = [sys.executable, "-I", "-c", LAUNCHER, "0", program_file(), "main_detached"]
             child = subprocess.Popen(
-                command + ["detach"] * detach,
+                [*command, "detach" if detach else "", str(peer.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                pass_fds=launch.descriptors(),
+                pass_fds=[*launch.descriptors(), peer.fileno()],
                 start_new_session=True,
                 cwd="/",
             )
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
-            child.stdin.write(dump_message(asdict(launch)) + b"\n" + bytecode)
+            child.stdin.write(bytecode)
         report = None
-        reader.settimeout(START_SECONDS)
-        with contextlib.suppress(OSError), reader.makefile("rb") as stream:
+        starter.settimeout(START_SECONDS)
+        with contextlib.suppress(OSError), starter.makefile("rb") as stream:
             report = load_object(stream.read(MAX_CONTROL_BYTES))
     if report is None or "error" in report:
         child.kill()
         child.wait()
     return report
-
-
-def write_report(fd: int, report: Json) -> bool:
-    """False if the process that waits for the start has gone."""
-    try:
-        os.write(fd, dump_message(report))
-    except BrokenPipeError:
-        log_event("error", "parent_gone")
-        return False
-    return True
 
 
 def notify_manager(state: str) -> None:
@@ -18803,7 +18753,7 @@ class Daemon:
             raise ProgramError("it runs in the foreground: restart it where it was started")
         self.state = "restarting"
         try:
-            report = await asyncio.to_thread(start_process, self.launch, self.paths)
+            report = await asyncio.to_thread(start_process, self.launch)
             report = report or {"error": "it exited or timed out without a report; see the log"}
         except (OSError, ProgramError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -19693,15 +19643,31 @@ async def serve(
     return 0
 
 
-def main_detached(launch_json: bytes) -> int:
-    """The entry point of a background process, named in LAUNCHER; returns the exit status."""
-    launch = read_launch(launch_json)
-    report_fd, launch.report = launch.report, -1
+def main_detached() -> int:
+    """The entry point of a background process; returns the exit status.  See `start_process`."""
+    os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: 0, which brought the bytecode
+    if sys.argv[0] == "detach" and os.fork():
+        os._exit(0)
+    starter = int(sys.argv[1])
+    os.set_inheritable(starter, False)
+    with open(starter, "rb", closefd=False) as stream:
+        values = json.loads(stream.read())
+    names = {item.name for item in fields(Launch)}  # another version may have others
+    launch = Launch(**{name: value for name, value in values.items() if name in names})
+    for fd in launch.descriptors():
+        os.set_inheritable(fd, False)
+    sys.argv[:] = sys.orig_argv[:] = [launch.program]
 
-    def report(status: Json) -> bool:
-        was_read = write_report(report_fd, status)
-        os.close(report_fd)
-        return was_read
+    def report(message: Json) -> bool:
+        """False if the process that waits for the start has gone."""
+        try:
+            os.write(starter, dump_message(message))
+        except BrokenPipeError:
+            log_event("error", "parent_gone")
+            return False
+        if "error" not in message:
+            os.close(starter)  # after an error it ends with this process
+        return True
 
     os.umask(0o077)
     start_log("info")  # standard error is the log
@@ -19712,10 +19678,10 @@ def main_detached(launch_json: bytes) -> int:
         listeners = launch_listeners(launch, config)
         return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
-        write_report(report_fd, {"error": str(error)})  # closed when this process exits
+        report({"error": str(error)})
         return error.exit_status
     except OSError as error:
-        write_report(report_fd, {"error": system_message(error)})
+        report({"error": system_message(error)})
         return 1
 
 
@@ -19786,7 +19752,7 @@ def start_detached(launch: Launch, paths: Paths) -> Json:
         log_file = start_log("info", log)
     assert log_file is not None
     offset = log_file.size
-    status = start_process(launch, paths, log_file.handle, detach=True)
+    status = start_process(launch, log_file.handle, detach=True)
     for fd in launch.descriptors():
         os.close(fd)
     if status is None or "error" in status:
@@ -19821,27 +19787,26 @@ def reexecute(options: argparse.Namespace) -> None:
     if bytecode is None:
         interpreter.append(script)
     else:
-        interpreter += ["-P", "-c", CONTINUATION, str(bytecode), program_file(), sys.argv[0]]
+        launcher = LAUNCHER, str(bytecode), program_file(), "main", sys.argv[0]
+        interpreter += ["-P", "-c", *launcher]
     key = {} if options.api_key is None else {KEY_VARIABLE: options.api_key}
     os.execve(sys.executable, [*interpreter, "start", *arguments], {**os.environ, **key})
 
 
 def open_bytecode() -> int | None:
-    """A file of this program's bytecode, if Python has just compiled it: it runs as a bare file."""
-    frame = sys._getframe()  # noqa: SLF001 - documented
-    while frame.f_back is not None:
-        frame = frame.f_back
-    if frame.f_globals is not globals() or not os.path.isfile(sys.argv[0]):
-        return None  # installed, under a profiler, or from standard input
+    """A nameless file of what Python has just compiled: nothing may be writable in a container."""
+    code = bare_code()
+    if code is None:
+        return None
     try:
-        if hasattr(os, "memfd_create"):  # nothing may be writable in a container
+        if hasattr(os, "memfd_create"):
             fd = os.memfd_create("bytecode")
         else:
             fd, path = tempfile.mkstemp()
             os.unlink(path)
         os.set_inheritable(fd, True)
         with open(fd, "wb", closefd=False) as file:
-            marshal.dump(frame.f_code, file)
+            marshal.dump(code, file)
             file.seek(0)
     except OSError as error:  # it works as well, in 50 MB more
         log_event("warning", "bytecode_unusable", reason=error.strerror)

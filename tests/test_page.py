@@ -669,7 +669,7 @@ def test_the_page_asks_for_the_key(browser: Browser, locked: Gateway) -> None:
         assert page.evaluate("document.activeElement.id") == "key"
         assert "echo" not in page.text("body")
         page.type("a wrong one")
-        page.wait("document.querySelector('#wrong').innerText.includes('not the key')")
+        page.wait("document.querySelector('#wrong').innerText.includes('not the gateway')")
         page.type(KEY)
         page.wait(SHOWN)
         assert "answers locally" in page.text("#providers")
