@@ -16790,13 +16790,11 @@ class Endpoint(NamedTuple):
     is_open: bool = False  #: needs no key: clients probe it before they authenticate
 
 
-# Served without /v1 as well.
-BARE_ENDPOINTS = (
-    "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/models", "/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens",
-    "/v1/status", "/v1/usage",
-)  # fmt: skip
 SLASHES = re.compile(r"/{2,}")
+API_PATH = re.compile(
+    r"\A(?:/v1)*(?=/(?:chat|embeddings|messages|models|responses|status|usage)(?:/|\Z))"
+)
+ID_PATH = re.compile(r"(/v1/models/|/v1/responses/(?!(?:compact|input_tokens)\Z))(.+)", re.DOTALL)
 
 
 @functools.lru_cache(maxsize=256)
@@ -16805,15 +16803,9 @@ def split_path(path: str) -> tuple[str, str]:
 
     Clients send /v1 twice, no /v1, and extra slashes.
     """
-    path = SLASHES.sub("/", path).rstrip("/") or "/"
-    while path.startswith("/v1/v1/") or path == "/v1/v1":
-        path = path[3:]
-    if path.startswith("/models/") or f"/v1{path}" in BARE_ENDPOINTS:
-        path = "/v1" + path
-    for parent in ("/v1/models/", "/v1/responses/"):
-        if path.startswith(parent) and path not in BARE_ENDPOINTS:
-            return f"{parent}ID", path.removeprefix(parent)
-    return path, ""
+    path = API_PATH.sub("/v1", SLASHES.sub("/", path).rstrip("/") or "/")
+    found = ID_PATH.fullmatch(path)
+    return (f"{found[1]}ID", found[2]) if found else (path, "")
 
 
 def failure_status(failure: BaseException | None) -> tuple[int, str]:
@@ -16830,6 +16822,17 @@ def failure_status(failure: BaseException | None) -> tuple[int, str]:
 JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
 
 
+def is_local_origin(origin: str) -> bool:
+    scheme, _, authority = origin.partition("://")
+    host = split_host(authority)
+    return scheme in ("http", "https") and host is not None and is_loopback(host[0])
+
+
+def foreign_origin() -> Forbidden:
+    hint = "Add the origin to server.cors_origins if it is yours."
+    return Forbidden("Web pages of this origin may not use the gateway.", hint=hint)
+
+
 class Shield:
     """Guards against DNS rebinding and cross-site requests: web pages can reach loopback."""
 
@@ -16841,19 +16844,15 @@ class Shield:
     def check(self, request: Request) -> None:
         """Raises Forbidden or UnsupportedMediaType."""
         headers = request.headers
-        host = headers.get("host", "localhost")
-        if not self.is_own_host(host):
-            raise Forbidden(
-                "This Host is not served here.",
-                hint="Add it to server.allowed_hosts if it is yours.",
-            )
+        host = headers.get("host", "localhost").lower()
+        name = (split_host(host) or ("",))[0]  # whole names are compared, never prefixes
+        if not ({name.strip("[]"), host} & self.hosts or is_loopback(name)):
+            hint = "Add it to server.allowed_hosts if it is yours."
+            raise Forbidden("This Host is not served here.", hint=hint)
         origin = headers.get("origin")
-        if origin is not None and not self.may_call(origin):
-            raise Forbidden(
-                "Web pages of this origin may not use the gateway.",
-                hint="Add the origin to server.cors_origins if it is yours.",
-            )
         is_listed = origin is not None and self.is_listed(origin)
+        if origin is not None and not is_listed and not is_local_origin(origin):
+            raise foreign_origin()
         if headers.get("sec-fetch-site", "").lower() == "cross-site" and not is_listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
         # Pages may send other content types, or none, without a CORS preflight.
@@ -16861,24 +16860,8 @@ class Shield:
         is_empty = request.body.is_complete and not media_type
         has_body = request.method in ("POST", "PUT", "PATCH") and not is_empty
         if has_body and not JSON_TYPE.fullmatch(media_type):
-            raise UnsupportedMediaType(
-                "The body must be sent as application/json.",
-                hint="With curl: -H 'content-type: application/json'.",
-            )
-
-    def is_own_host(self, host: str) -> bool:
-        """Whether a Host field names this gateway; whole names are compared, never prefixes."""
-        name = (split_host(host) or ("",))[0].lower()
-        return name.strip("[]") in self.hosts or is_loopback(name) or host.lower() in self.hosts
-
-    def may_call(self, origin: str) -> bool:
-        if self.is_listed(origin):
-            return True
-        scheme, separator, authority = origin.partition("://")
-        host = split_host(authority)
-        if scheme not in ("http", "https") or not separator or host is None:
-            return False
-        return is_loopback(host[0])
+            hint = "With curl: -H 'content-type: application/json'."
+            raise UnsupportedMediaType("The body must be sent as application/json.", hint=hint)
 
     def is_listed(self, origin: str) -> bool:
         """`:*` in the list stands for any port."""
@@ -16902,7 +16885,7 @@ class Shield:
     def preflight(self, request: Request) -> Response:
         headers = self.cors_headers(request)
         if not headers:
-            raise Forbidden("Web pages of this origin may not use the gateway.")
+            raise foreign_origin()
         requested = request.headers.get("access-control-request-headers", "")
         headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         headers["Access-Control-Max-Age"] = "86400"
@@ -17280,7 +17263,6 @@ function showAll(status, usage, days) {
 // -- asking the gateway
 
 class KeyWanted extends Error {}
-class Gone extends Error {}
 let turn = 0, timer = 0, heard = null;
 
 async function ask(path) {
@@ -17290,10 +17272,11 @@ async function ask(path) {
   const response = await fetch(path, {
     headers, cache: "no-store", credentials: "omit",
     redirect: "error", signal: AbortSignal.timeout(PATIENCE_MS),
-  }).catch(() => { throw new Gone(); });
+  }).catch(() => { throw new Error("The gateway does not respond"); });
   const body = await response.json();
   if (response.status === 401) throw new KeyWanted(key ? "This is not the gateway's key." : "");
-  if (!response.ok) throw new Error(body.error?.message ?? `status ${response.status}`);
+  if (!response.ok)
+    throw new Error(`This cannot be shown: ${body.error?.message ?? `status ${response.status}`}`);
   return body;
 }
 
@@ -17305,14 +17288,6 @@ function askForKey(words) {
   $("wrong").textContent = words;
   for (const id of Object.keys(drawn)) show(id, null, () => []);
   $("key").focus();
-}
-
-function tell(error) {
-  const gone = error instanceof Gone;
-  const words = gone ? "The gateway does not respond" : `This cannot be shown: ${error.message}`;
-  const of = heard ? ` The figures are of ${clock(heard)}.` : "";
-  $("notice").textContent = `${words}; retrying every ${EVERY_MS / 1000} seconds.${of}`;
-  $("figures").classList.add("gone");
 }
 
 async function refresh() {
@@ -17332,7 +17307,9 @@ async function refresh() {
   } catch (error) {
     if (mine !== turn) return;
     if (error instanceof KeyWanted) return askForKey(error.message);
-    tell(error);
+    const of = heard ? ` The figures are of ${clock(heard)}.` : "";
+    $("notice").textContent = `${error.message}; retrying every ${EVERY_MS / 1000} seconds.${of}`;
+    $("figures").classList.add("gone");
   }
   if (!document.hidden) timer = setTimeout(refresh, EVERY_MS);
 }
@@ -17385,17 +17362,12 @@ def write_page() -> tuple[bytes, dict[str, str]]:
     The policy allows only this very script and style, and requests to this gateway only.
     """
     policy = (
-        "default-src 'none'",
-        f"script-src {write_source(PAGE_SCRIPT)}",
-        f"style-src {write_source(PAGE_STYLE)}",
-        "connect-src 'self'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
+        f"script-src {write_source(PAGE_SCRIPT)}; style-src {write_source(PAGE_STYLE)}"
     )
     headers = {
-        "Content-Security-Policy": "; ".join(policy),
+        "Content-Security-Policy": policy,
         "X-Frame-Options": "DENY",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
@@ -17472,10 +17444,12 @@ class Gateway:
         self.started_at = int(time.time())
         keys = {"": config.api_key} if config.api_key else {}
         self.keys = {name: key.encode() for name, key in {**keys, **config.api_keys}.items()}
-        chat, messages, responses = (
+        chat, messages, post_response = (
             functools.partial(self.converse, dialect) for dialect in (CHAT, MESSAGES, RESPONSES)
         )
+        responses: dict[str, Handler] = {"POST": post_response, "GET": self.refuse_websocket}
         stored = dict.fromkeys(("GET", "POST", "DELETE"), self.refuse_stored)
+        usage = {"GET": self.get_usage, "DELETE": self.delete_usage}
         self.endpoints = {
             "/": Endpoint({"GET": self.get_page}, is_open=True),
             "/healthz": Endpoint({"GET": self.get_health}, is_polled=True, is_open=True),
@@ -17483,9 +17457,7 @@ class Gateway:
             "/v1/chat/completions": Endpoint({"POST": chat}, is_costly=True),
             "/v1/messages": Endpoint({"POST": messages}, is_costly=True),
             "/v1/messages/count_tokens": Endpoint({"POST": self.post_count_tokens}),
-            "/v1/responses": Endpoint(
-                {"POST": responses, "GET": self.refuse_websocket}, is_costly=True
-            ),
+            "/v1/responses": Endpoint(responses, is_costly=True),
             "/v1/responses/input_tokens": Endpoint({"POST": self.post_input_tokens}),
             "/v1/responses/compact": Endpoint({"POST": self.refuse_compact}),
             "/v1/responses/ID": Endpoint(stored),
@@ -17493,9 +17465,7 @@ class Gateway:
             "/v1/models": Endpoint({"GET": self.get_models}),
             "/v1/models/ID": Endpoint({"GET": self.get_model}),
             "/v1/status": Endpoint({"GET": self.get_status}, is_polled=True),
-            "/v1/usage": Endpoint(
-                {"GET": self.get_usage, "DELETE": self.delete_usage}, is_polled=True
-            ),
+            "/v1/usage": Endpoint(usage, is_polled=True),
             "/api/event_logging/batch": Endpoint({"POST": self.post_telemetry}),
         }
 
@@ -17557,8 +17527,7 @@ class Gateway:
             hint = f"There are: {', '.join(self.endpoints)}."
             raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
         if endpoint.is_costly and method == "POST":
-            now = time.monotonic()
-            wait_s = self.limiter.wait_for(request.client, now)
+            wait_s = self.limiter.wait_for(request.client, time.monotonic())
             if wait_s > 0:
                 raise RateLimited("Too many requests from this address.", retry_after=wait_s)
         if method not in endpoint.methods:
@@ -17569,16 +17538,11 @@ class Gateway:
 
     def check_key(self, request: Request) -> str:
         """The name of the request's key; raises InvalidKey."""
-        # latin-1 restores the bytes that were sent
-        sent_keys = [key.encode("latin-1") for key in read_api_keys(request.headers)]
-        matches = [
-            name
-            for sent_key in sent_keys
-            for name, key in self.keys.items()
-            if hmac.compare_digest(sent_key, key)
-        ]
-        if matches:
-            return matches[0]
+        for sent_key in read_api_keys(request.headers):
+            for name, key in self.keys.items():
+                # latin-1 restores the bytes that were sent
+                if hmac.compare_digest(sent_key.encode("latin-1"), key):
+                    return name
         raise InvalidKey(
             "The gateway's key is missing or wrong.",
             hint="Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
@@ -17599,9 +17563,8 @@ class Gateway:
         endpoint = self.endpoints.get(path)
         label = "other" if endpoint is None else path
         self.ledger.metrics.count_request(label, request.method, status)
-        details = {"provider": "-", "model": "-"}
-        if request.route is not None:
-            details = {"provider": request.route.provider or "-", "model": request.route.model}
+        provider, model = request.route[:2] if request.route else ("", "-")
+        details = {"provider": provider or "-", "model": model}
         if request.usage_record is not None:
             usage = request.usage_record.usage
             details |= {"input": str(usage.prompt), "output": str(usage.output)}
@@ -17609,21 +17572,12 @@ class Gateway:
                 details["credits"] = f"{usage.nano_credits / 1e9:.6g}"
         if kind:
             details["kind"] = kind
-        end = {"": "ok", "cancelled": "cancelled"}.get(kind, "error")
-        is_quiet = endpoint is not None and endpoint.is_polled and end == "ok"
-        seconds = asyncio.get_running_loop().time() - request.started_at
-        log_event(
-            "debug" if is_quiet else "info",
-            "request",
-            id=request.id,
-            client=request.client,
-            method=request.method,
-            path=request.path[:200],
-            status=status,
-            ms=f"{seconds * 1000:.1f}",
-            **details,
-            end=end,
-        )
+        details["end"] = {"": "ok", "cancelled": "cancelled"}.get(kind, "error")
+        is_quiet = endpoint is not None and endpoint.is_polled and not kind
+        ms = f"{(asyncio.get_running_loop().time() - request.started_at) * 1000:.1f}"
+        facts = {"id": request.id, "client": request.client, "method": request.method}
+        facts |= {"path": request.path[:200], "status": str(status), "ms": ms}
+        log_event("debug" if is_quiet else "info", "request", **facts, **details)
 
     # -- responses that need no upstream
 
@@ -17704,7 +17658,7 @@ class Gateway:
         failure: BaseException | None,
         streamed: bool = False,
         first_byte_at: float | None = None,
-    ) -> None:
+    ) -> UsageRecord:
         """Records a completion, successful or not; `first_byte_at` is monotonic."""
         duration_s = time.monotonic() - request.started_at
         status, kind = failure_status(failure)
@@ -17712,7 +17666,7 @@ class Gateway:
         if price is not None:
             source = "derived" if usage.source == "reported" else "estimated"
             usage = replace(usage, nano_credits=price, credits_source=source)
-        request.usage_record = UsageRecord(
+        request.usage_record = record = UsageRecord(
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
@@ -17727,7 +17681,8 @@ class Gateway:
             first_byte_s=None if first_byte_at is None else first_byte_at - request.started_at,
             costs=not provider.local,
         )
-        self.ledger.record(request.usage_record)
+        self.ledger.record(record)
+        return record
 
     def label(self, request: Request) -> str:
         user_agent = request.headers.get("user-agent", "")
@@ -17761,25 +17716,21 @@ class Gateway:
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of each provider; those whose list is unavailable are logged and left out."""
         listings = {name: provider.listed() for name, provider in self.providers.items()}
-        available = {name: models for name, models in listings.items() if models is not None}
-        names = [name for name in listings if name not in available]
-        requests = (self.providers[name].models() for name in names)
-        results = await asyncio.gather(*requests, return_exceptions=True) if names else ()
-        for name, result in zip(names, results, strict=True):
-            if isinstance(result, ApiError):
-                level = "debug" if isinstance(result, NotSignedIn) else "warning"
-                log_event(level, "models_unavailable", provider=name, reason=result)
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                available[name] = result
-        return {name: available[name] for name in self.providers if name in available}
+
+        async def fetch(name: str) -> None:
+            try:
+                listings[name] = await self.providers[name].models()
+            except ApiError as error:
+                level = "debug" if isinstance(error, NotSignedIn) else "warning"
+                log_event(level, "models_unavailable", provider=name, reason=error)
+
+        missing = [name for name, models in listings.items() if models is None]
+        if missing:
+            await asyncio.gather(*map(fetch, missing))
+        return {name: models for name, models in listings.items() if models is not None}
 
     def rows(self, catalogues: dict[str, dict[str, Model]], raw: bool) -> list[Json]:
-        """The rows of /v1/models: usable models by their shortest unambiguous names, and aliases.
-
-        `raw` adds the upstream's own entry.
-        """
+        """Usable models by their shortest unambiguous names, and aliases, as in /v1/models."""
         entries: list[tuple[str, Model]] = []
         every_model = (model for models in catalogues.values() for model in models.values())
         ids = Counter(model.id for model in every_model if not model.auto)
@@ -17792,11 +17743,7 @@ class Gateway:
         for alias in self.router.aliases:
             target = self.resolve_name(alias, catalogues)
             entries += [(alias, target)] if target else []
-        keys = ("raw",) if raw else ()
-        return [
-            self.row(public_name, model) | dict.fromkeys(keys, model.raw)
-            for public_name, model in entries
-        ]
+        return [self.row(public_name, model, raw) for public_name, model in entries]
 
     def resolve_name(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
         """The model for a name; for an alias, its first candidate that exists; otherwise None."""
@@ -17813,8 +17760,11 @@ class Gateway:
                 return model
         return None
 
-    def row(self, name: str, model: Model) -> Json:
-        """One model with the fields of both APIs: either SDK ignores what it does not know."""
+    def row(self, name: str, model: Model, raw: bool) -> Json:
+        """One model with the fields of both APIs: either SDK ignores what it does not know.
+
+        `raw` adds the upstream's own entry.
+        """
         row: Json = {
             "id": name,
             "object": "model",
@@ -17825,16 +17775,15 @@ class Gateway:
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started_at)),
             "provider": model.provider,
         }
-        limits = {
-            "max_input_tokens": model.max_prompt,
-            "max_tokens": model.max_output,
-            "context_window": model.context,
-        }
+        limits = {"max_input_tokens": model.max_prompt, "max_tokens": model.max_output}
+        limits["context_window"] = model.context
         row.update({key: value for key, value in limits.items() if value})
         if model.guessed:
             row["guessed"] = True  # from a built-in list: the service sent none
         if name in self.router.aliases:
             row["alias_of"] = self.router.aliases[name]
+        if raw:
+            row["raw"] = model.raw
         return row
 
     async def get_models(self, request: Request) -> Response:
@@ -17850,8 +17799,7 @@ class Gateway:
         model = self.resolve_name(name, catalogues)
         if model is None:
             raise self.router.not_found(name, catalogues)
-        raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
-        return Response(200, dump_json({**self.row(name, model), **raw}))
+        return Response(200, dump_json(self.row(name, model, "raw=1" in request.query.split("&"))))
 
     # -- completions and embeddings
 
@@ -17907,8 +17855,7 @@ class Gateway:
                 if len(routes) == 1 or not can_fall_back(error):
                     raise
                 facts = {"alias": name, "candidate": route, "kind": error.kind}
-                reason = error.message[:300]
-                log_event("info", "fallback", id=request.id, **facts, reason=reason)
+                log_event("info", "fallback", id=request.id, **facts, reason=error.message[:300])
                 failures.append((str(route), error))
                 request.cancel_on_disconnect(True, patient=True)
                 continue
@@ -17945,54 +17892,34 @@ class Gateway:
             model = long_context if long_context.listed else model
         return provider, model
 
-    @staticmethod
-    def choose_dialect(model: Model, client_dialect: Dialect, body: Json) -> UpstreamDialect:
-        """The client's own dialect if the model speaks it, otherwise the least lossy one."""
-        order = DIALECT_ORDER[client_dialect.name]
-        if not model.files and FILE_PARTS & foreign_parts(body, client_dialect.name):
-            order = (*order[1:], "chat")
-        for name in order:
-            if name in model.dialects:
-                return UPSTREAM_DIALECTS[name]
-        raise WrongDialect(
-            f"{model.id} is not a chat model.",
-            hint="Choose another model; GET /v1/models lists them.",
-            param="model",
-        )
-
     async def converse(self, client_dialect: Dialect, request: Request) -> Response:
         data = await request.read_body()
         body = await run_step(load_body, data)
         request_info = client_dialect.request_info(body)
         request_info.size = len(data)
-        session = request.headers.get("x-claude-code-session-id", "")
-        request_info.session = request_info.session or session
-        if len(request_info.session) > MAX_NAME_CHARS:
-            request_info.session = short_hash(request_info.session, 32)
+        session = request_info.session or request.headers.get("x-claude-code-session-id", "")
+        is_long = len(session) > MAX_NAME_CHARS
+        request_info.session = short_hash(session, 32) if is_long else session
         initiator = request.headers.get("x-initiator", "").lower()
         if initiator in ("user", "agent"):
             request_info.initiator = initiator
         request.cancel_on_disconnect(True, patient=True)
         del data  # it may be large, and the response long
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
-        now = time.monotonic
-        hold_deadline = now() + HOLD_LIST_SECONDS
+        hold_deadline = time.monotonic() + HOLD_LIST_SECONDS
 
         async def attempt(provider: Provider, model: Model, is_last: bool = False) -> Response:
-            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
+            rest_s = max(0.0, hold_deadline - time.monotonic())
+            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else rest_s
             chosen = model
             if model.auto:
                 key = "\0".join((self.label(request), request_info.session, request_info.opening))
-                facts = (
-                    short_hash(key, 32),
-                    last_user_text(body),
-                    has_image(body.get("messages", body.get("input"))),
-                )
+                has_images = has_image(body.get("messages", body.get("input")))
+                facts = short_hash(key, 32), last_user_text(body), has_images
                 chosen = await provider.choose_model(model, *facts)
+            exchange = Exchange(self, request, provider, chosen, client_dialect, body, request_info)
             try:
-                return await self.exchange(
-                    request, client_dialect, body, request_info, provider, chosen, hold_s
-                )
+                return await exchange.run(hold_s)
             except WrongDialect:
                 # The provider has just ruled that dialect, or that choice, out: asked again, once.
                 if is_last:
@@ -18004,19 +17931,44 @@ class Gateway:
         body.text, body.spans = "", {}  # the response may take long, and nothing is sent again
         return response
 
-    async def exchange(
-        self,
-        request: Request,
-        client_dialect: Dialect,
-        body: Json,
-        request_info: RequestInfo,
-        provider: Provider,
-        model: Model,
-        hold_s: float,
-    ) -> Response:
-        """One attempt with one model; the status is held back for up to `hold_s`."""
-        upstream_dialect = self.choose_dialect(model, client_dialect, body)
-        response_dialect = self.dialect_of(request)
+
+@dataclass(eq=False, repr=False)
+class Exchange:
+    """One attempt to get a response from one model; it is recorded once."""
+
+    gateway: Gateway
+    request: Request
+    provider: Provider
+    model: Model
+    client_dialect: Dialect
+    body: Json
+    request_info: RequestInfo
+    call: Call = field(init=False)
+    translator: StreamTranslator = field(init=False)
+    source: BodyStream | None = None
+    first_byte_at: float | None = None  #: monotonic
+    is_recorded: bool = False
+
+    def upstream_dialect(self) -> UpstreamDialect:
+        """The client's own dialect if the model speaks it, otherwise the least lossy one."""
+        order = DIALECT_ORDER[self.client_dialect.name]
+        parts = foreign_parts(self.body, self.client_dialect.name)
+        if not self.model.files and FILE_PARTS & parts:
+            order = (*order[1:], "chat")
+        for name in order:
+            if name in self.model.dialects:
+                return UPSTREAM_DIALECTS[name]
+        raise WrongDialect(
+            f"{self.model.id} is not a chat model.",
+            hint="Choose another model; GET /v1/models lists them.",
+            param="model",
+        )
+
+    async def prepare(self) -> None:
+        """Writes the upstream's request; raises ApiError."""
+        provider, model, info = self.provider, self.model, self.request_info
+        upstream_dialect = self.upstream_dialect()
+        response_dialect = self.gateway.dialect_of(self.request)
 
         def window(model_id: str) -> int:
             return ((provider.listed() or {}).get(model_id) or model).context or 0
@@ -18024,57 +17976,31 @@ class Gateway:
         context = ResponseContext(
             id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
-            model=model.id if model.auto else request_info.model,
-            include_usage=request_info.include_usage or not request_info.stream,
-            request_body=body,
+            model=model.id if model.auto else info.model,
+            include_usage=info.include_usage or not info.stream,
+            request_body=self.body,
             store_reasoning=provider.reasoning.store,
             provider=provider.name,
             window=window,
-            secrets=self.secrets,
+            secrets=self.gateway.secrets,
         )
         conversation = await run_step(
-            read_conversation, body, client_dialect, upstream_dialect, context
+            read_conversation, self.body, self.client_dialect, upstream_dialect, context
         )
-        call = await run_step(
-            write_call, body, conversation, upstream_dialect, model, context, request_info
+        self.call = await run_step(
+            write_call, self.body, conversation, upstream_dialect, model, context, info
         )
-        call.betas = request.headers.get("anthropic-beta", "")
-        translator = StreamTranslator(
-            upstream_dialect, response_dialect, context, request_info.stream, request.id
+        self.call.betas = self.request.headers.get("anthropic-beta", "")
+        self.translator = StreamTranslator(
+            upstream_dialect, response_dialect, context, info.stream, self.request.id
         )
-        exchange = Exchange(self, request, provider, call, translator, client_dialect.name)
-        return await exchange.run(hold_s)
-
-
-class Exchange:
-    """One upstream response on its way to one client."""
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        request: Request,
-        provider: Provider,
-        call: Call,
-        translator: StreamTranslator,
-        client_dialect: str,
-    ) -> None:
-        self.gateway = gateway
-        self.request = request
-        self.provider = provider
-        self.call = call
-        self.translator = translator
-        #: the client's dialect
-        self.client_dialect = client_dialect
-        self.source: BodyStream | None = None
-        #: monotonic
-        self.first_byte_at: float | None = None
-        self.recorded = False
 
     async def run(self, hold_s: float) -> Response:
         """The response; its status waits up to `hold_s` for the upstream's first event.
 
         Once it is returned there is no fallback: its head names the provider and the model.
         """
+        await self.prepare()
         self.request.cancel_on_disconnect(True, self.provider.local)
         if not self.translator.stream:
             return await self.run_buffered()
@@ -18102,11 +18028,7 @@ class Exchange:
             ticker.discard(stop_waiting)
         return Response(
             200,
-            headers={
-                **self.headers(),
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            },
+            headers={**self.headers(), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             stream=lambda writer: self.pump(writer, opening),
             content_type="text/event-stream; charset=utf-8",
         )
@@ -18127,9 +18049,14 @@ class Exchange:
         self.first_byte_at = asyncio.get_running_loop().time()
         if self.call.model.id == AUTO_MODEL and self.call.model.auto:
             piece = await self.name_model(piece)
-        if piece.lstrip()[:1] == b"{":
-            return await self.open_buffered(piece)
         translator = self.translator
+        if piece.lstrip()[:1] == b"{":  # one JSON object instead of a stream
+            body = bytearray(piece)
+            while piece := await self.source.read_some():
+                body += piece
+                if len(body) > MAX_FRAME_BYTES:
+                    raise UpstreamError("The upstream's response is too large.")
+            return translator.feed_buffered(bytes(body))
         data = translator.feed(piece)
         while not translator.is_finished and not (data and translator.stream):
             piece = await self.source.read_some()
@@ -18149,16 +18076,6 @@ class Exchange:
             self.translator.rename_model(self.call.model.id)
         return piece
 
-    async def open_buffered(self, first: bytes) -> bytes:
-        """For an upstream that sends one JSON object instead of a stream."""
-        assert self.source is not None
-        body = bytearray(first)
-        while piece := await self.source.read_some():
-            body += piece
-            if len(body) > MAX_FRAME_BYTES:
-                raise UpstreamError("The upstream's response is too large.")
-        return self.translator.feed_buffered(bytes(body))
-
     async def run_buffered(self) -> Response:
         try:
             await self.open()
@@ -18171,10 +18088,8 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """No credits on a stream: what it costs is not known yet."""
-        headers = {
-            "x-aiclient-provider": self.provider.name,
-            "x-aiclient-model": self.call.model.id,
-        }
+        headers = {"x-aiclient-provider": self.provider.name}
+        headers["x-aiclient-model"] = self.call.model.id
         dropped = [name for name in self.call.dropped if TOKEN.fullmatch(name)]
         if dropped:
             headers["x-aiclient-dropped"] = ", ".join(dict.fromkeys(dropped))
@@ -18238,9 +18153,9 @@ class Exchange:
             self.request.failure = failure
         if self.source is not None:
             self.source.close(self.translator.is_complete)
-        if self.recorded:
+        if self.is_recorded:
             return
-        self.recorded = True
+        self.is_recorded = True
         call, ledger = self.call, self.gateway.ledger
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
@@ -18249,25 +18164,12 @@ class Exchange:
             self.provider.refused(call.model.id, failure)
         translator = self.translator
         usage = translator.usage
-        if not usage.source and failure is not None and not isinstance(failure, ApiError):
-            # A client that left pays, too.
+        is_cancelled = failure is not None and not isinstance(failure, ApiError)
+        if is_cancelled and not usage.source:  # a client that left pays, too
             usage = finalize_usage(usage, translator.context, translator.relay.output_estimate)
-        self.gateway.record(
-            self.request,
-            self.provider,
-            call.model,
-            self.client_dialect,
-            usage,
-            failure,
-            translator.stream,
-            self.first_byte_at,
-        )
-        record = self.request.usage_record
-        if (
-            record is not None
-            and not self.provider.local
-            and (failure is None or translator.is_complete)
-        ):
+        facts = self.client_dialect.name, usage, failure, translator.stream, self.first_byte_at
+        record = self.gateway.record(self.request, self.provider, call.model, *facts)
+        if not self.provider.local and (failure is None or translator.is_complete):
             body = call.body if call.sent is None else call.sent
             ledger.watch_cache(record, call.request_info, call.dialect, body)
 
@@ -18277,7 +18179,7 @@ class Exchange:
 # One gateway per state folder: the process that holds the lock on daemon.pid.  The kernel drops
 # the lock when the last process that has it open exits, so a stale pid is never trusted.
 # `start` takes the lock and opens the port, and passes both to a fresh process, which reads its
-# Launch from standard input.  A restart does the same from inside the running process: the
+# Launch from a socket.  A restart does the same from inside the running process: the
 # successor has the same lock and the same sockets before the old process lets go of them.
 
 
@@ -18305,9 +18207,7 @@ class Launch:
 
 def take_lock(path: str) -> int | None:
     """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
-    deadline = (
-        time.monotonic() + LOCK_PROBE_SECONDS
-    )  # an `is_locked` elsewhere holds it for a moment
+    deadline = time.monotonic() + LOCK_PROBE_SECONDS  # `is_locked` elsewhere holds it for a moment
     while fcntl is not None:
         with os_error_as(f"{path}: cannot be used as the lock"):
             fd = lock_file(path)
@@ -18675,10 +18575,8 @@ class Daemon:
             loop.default_exception_handler(context)
         elif loop.time() > self.descriptor_quiet_until:
             self.descriptor_quiet_until = loop.time() + DESCRIPTOR_WARNING_SECONDS
-            connections = len(self.server.connections)
-            log_event(
-                "error", "too_many_open_files", reason=error.strerror, connections=connections
-            )
+            facts = {"reason": error.strerror, "connections": len(self.server.connections)}
+            log_event("error", "too_many_open_files", **facts)
 
     # -- reload
 
@@ -18690,7 +18588,8 @@ class Daemon:
         """
         loaded = load_config(self.paths, self.environ, self.launch.flags)
         changed = changed_settings(self.loaded_config, loaded)
-        pinned = [key for key in ("server.host", "server.port") if key in changed]
+        addresses = () if self.launch.activated else ("server.host", "server.port")
+        pinned = [key for key in addresses if key in changed]
         host, port = self.config.server.host, self.config.server.port
         new = replace(loaded, server=replace(loaded.server, host=host, port=port))
         check_exposure(new)
@@ -18714,9 +18613,7 @@ class Daemon:
         )
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
-        if self.launch.activated:
-            pinned = []
-        elif pinned:
+        if pinned:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": pinned}
 
@@ -18857,8 +18754,7 @@ def read_frame(peer: socket.socket, seconds: float, limit: float) -> bytes | Non
         if size == len(data) == 4:
             size += int.from_bytes(data, "big")
             if size - 4 > limit:
-                problem = f"a message may have {limit} bytes, not {size - 4}"
-                raise ProgramError(problem)
+                raise ProgramError(f"a message may have {limit} bytes, not {size - 4}")
     return data[4:]
 
 
@@ -18867,8 +18763,9 @@ def check_socket(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
-            reason = f"{path} is not a socket of this user; move it away"
-            raise FileExistsError(errno.EEXIST, reason)
+            raise FileExistsError(
+                errno.EEXIST, f"{path} is not a socket of this user; move it away"
+            )
 
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
@@ -19055,16 +18952,6 @@ async def run_control_method(daemon: Daemon, data: bytes) -> Json:
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
         problem = internal_error("a control request failed").text()
     return {"ok": False, "error": problem}
-
-
-def open_control(daemon: Daemon, path: str) -> ControlServer:
-    """The loop does all the work; the threads of socketserver carry the bytes to it and back."""
-    loop = asyncio.get_running_loop()
-
-    def handle(data: bytes) -> Json:
-        return asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop).result()
-
-    return ControlServer(path, handle)
 
 
 # -- the client, which needs no event loop
@@ -19625,7 +19512,12 @@ async def serve(
     if paths.usage_file == IN_MEMORY:
         log_event("warning", "state_not_writable", path=paths.state_dir, usage="in memory")
     elif fcntl is not None:
-        control = open_control(daemon, choose_socket_path(paths, daemon.environ))
+        loop = asyncio.get_running_loop()
+
+        def handle(data: bytes) -> Json:
+            return asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop).result()
+
+        control = ControlServer(choose_socket_path(paths, daemon.environ), handle)
         try:
             write_pid_file(launch.lock, control.path)
         except OSError as error:
