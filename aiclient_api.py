@@ -16920,9 +16920,9 @@ body {
 header, h3, .line { display: flex; gap: 0.5rem; align-items: baseline; }
 h1, h3 > :first-child, .line > :first-child { flex: 1; min-width: 0; }
 h1 { font-size: 1.125rem; margin-bottom: 1rem; }
-h1 small, dt, .soft, summary, thead { color: var(--soft); font-weight: 400; }
-h2 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
-h3 { font-size: 1rem; }
+h1 small, dt, .soft, thead { color: var(--soft); font-weight: 400; }
+h2, h3 { font-size: 1rem; }
+h2 { margin: 1.5rem 0 0.5rem; }
 small, dt, thead { font-size: 0.8125rem; }
 #mark { width: 1.125rem; height: 1.125rem; fill: var(--accent); align-self: start; margin: 4px; }
 button, input { font: inherit; color: inherit; }
@@ -16938,10 +16938,10 @@ dl { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax
 }
 .grid + .card, .across { grid-column: 1 / -1; margin-top: 0.75rem; }
 .good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+ul { list-style: none; padding: 0; }
 #notice:not(:empty), #warnings li {
-  list-style: none; margin-bottom: 0.5rem; padding: 8px 16px; border-left: 4px solid var(--amber);
+  margin-bottom: 0.5rem; padding: 8px 16px; border-left: 4px solid var(--amber);
 }
-#warnings { padding: 0; }
 #notice:not(:empty) { border-left-color: var(--bad); }
 #charts, #caps { --cell: 19rem; }
 #caps { column-gap: 1.5rem; }
@@ -16971,8 +16971,7 @@ output { margin-left: auto; color: var(--soft); }
 table { border-collapse: collapse; width: 100%; white-space: nowrap; }
 caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
 th, td { text-align: left; font-weight: 400; padding: 4px 12px 4px 0; }
-thead, tbody tr + tr { border-top: 1px solid var(--line); }
-thead { border-top: 0; border-bottom: 1px solid var(--line); }
+thead, tbody tr:not(:last-child) { border-bottom: 1px solid var(--line); }
 tbody:empty::after { content: "Nothing yet."; color: var(--soft); }
 tr > :nth-child(n + 6), .counts tr > :nth-child(n + 2) { text-align: right; }
 tr > :last-child { padding-right: 0; }
@@ -17108,10 +17107,9 @@ function ticks(most) {
 
 // One bar for each day; `series` is [{name, colour, values}], stacked.
 function chart(title, days, series, shown, labels) {
-  const sum = values => values.reduce((total, value) => total + value, 0);
-  const sums = days.map((_, i) => sum(series.map(one => one.values[i])));
+  const sums = days.map((_, i) => series.reduce((sum, one) => sum + one.values[i], 0));
   const marks = ticks(Math.max(...sums) || 1), top = marks[marks.length - 1];
-  const total = `${shown(sum(sums))} in ${days.length} days`;
+  const total = `${shown(sums.reduce((sum, one) => sum + one, 0))} in ${days.length} days`;
   const caption = make("output", {}, total);
   const plot = draw("svg", {class: "chart", role: "img", "aria-label": `${title}: ${total}`});
   for (const mark of marks) {
@@ -17273,14 +17271,15 @@ async function ask(path) {
     headers, cache: "no-store", credentials: "omit",
     redirect: "error", signal: AbortSignal.timeout(PATIENCE_MS),
   }).catch(() => { throw new Error("The gateway does not respond"); });
-  const body = await response.json();
+  const body = await response.json(), reason = body.error?.message ?? `status ${response.status}`;
   if (response.status === 401) throw new KeyWanted(key ? "This is not the gateway's key." : "");
-  if (!response.ok)
-    throw new Error(`This cannot be shown: ${body.error?.message ?? `status ${response.status}`}`);
+  if (!response.ok) throw new Error(`This cannot be shown: ${reason}`);
   return body;
 }
 
 function askForKey(words) {
+  clearTimeout(timer);
+  turn++;
   sessionStorage.removeItem(KEPT);
   $("ask").hidden = false;
   $("figures").hidden = $("forget").hidden = true;
@@ -17320,11 +17319,7 @@ $("ask").addEventListener("submit", event => {
   $("key").value = "";
   refresh();
 });
-$("forget").addEventListener("click", () => {
-  clearTimeout(timer);
-  turn++;
-  askForKey("");
-});
+$("forget").addEventListener("click", () => askForKey(""));
 document.querySelector("fieldset").addEventListener("change", refresh);
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) clearTimeout(timer);
@@ -17388,26 +17383,12 @@ PUBLIC_STATUS = (
 KEY_HEADERS = ("authorization", "x-api-key", "api-key")
 
 
-def read_api_keys(headers: Headers) -> list[str]:
-    """The keys a request carries; raises InvalidKey if a header with a key is repeated.
-
-    Each of them counts: Claude Desktop sends a token of its own in `Authorization` beside the
-    gateway's key in `x-api-key` (seen in 2026-11).
-    """
-    if not headers.repeated.isdisjoint(KEY_HEADERS):
-        raise InvalidKey("More than one key was sent.")
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    keys = [value.strip(" ")] if scheme.lower() == "bearer" else []
-    return keys + [headers[name] for name in KEY_HEADERS[1:] if name in headers]
-
-
 def error_headers(error: ApiError) -> dict[str, str]:
     """The error's own, and the `Retry-After` and `x-should-retry` that the vendors' SDKs obey."""
     headers = dict(error.headers)
     wait_s = error.retry_after
-    if (error.status == 429 and error.retry is not False) or wait_s is not None:
-        seconds = min(max(wait_s or 1.0, 1.0), MAX_RETRY_AFTER_SECONDS)
-        headers["Retry-After"] = str(math.ceil(seconds))
+    if wait_s is not None or (error.status == 429 and error.retry is not False):
+        headers["Retry-After"] = str(math.ceil(min(max(wait_s or 1, 1), MAX_RETRY_AFTER_SECONDS)))
     if error.retry is False or (wait_s or 0) > MAX_RETRY_AFTER_SECONDS:
         headers["x-should-retry"] = "false"
     return headers
@@ -17537,25 +17518,30 @@ class Gateway:
         return await endpoint.methods[method](request)
 
     def check_key(self, request: Request) -> str:
-        """The name of the request's key; raises InvalidKey."""
-        for sent_key in read_api_keys(request.headers):
+        """The name of the request's key; raises InvalidKey, also if a header for it is repeated.
+
+        Each header counts: Claude Desktop sends a token of its own in `Authorization` beside the
+        gateway's key in `x-api-key` (seen in 2026-11).
+        """
+        headers = request.headers
+        if not headers.repeated.isdisjoint(KEY_HEADERS):
+            raise InvalidKey("More than one key was sent.")
+        scheme, _, value = headers.get("authorization", "").partition(" ")
+        keys = [value.strip(" ")] if scheme.lower() == "bearer" else []
+        keys += [headers[name] for name in KEY_HEADERS[1:] if name in headers]
+        for sent_key in keys:
             for name, key in self.keys.items():
                 # latin-1 restores the bytes that were sent
                 if hmac.compare_digest(sent_key.encode("latin-1"), key):
                     return name
-        raise InvalidKey(
-            "The gateway's key is missing or wrong.",
-            hint="Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        hint = "Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise InvalidKey("The gateway's key is missing or wrong.", hint=hint, headers=challenge)
 
     @staticmethod
     def id_headers(request_id: str) -> dict[str, str]:
-        return {
-            "request-id": request_id,
-            "x-request-id": request_id,
-            "X-Content-Type-Options": "nosniff",
-        }
+        ids = {"request-id": request_id, "x-request-id": request_id}
+        return {**ids, "X-Content-Type-Options": "nosniff"}
 
     def log_access(self, request: Request, status: int, kind: str) -> None:
         """Metadata only; `kind` as in UsageRecord.  Ids, and unknown paths, share one metric."""
@@ -17788,8 +17774,8 @@ class Gateway:
 
     async def get_models(self, request: Request) -> Response:
         rows = self.rows(await self.catalogues(), "raw=1" in request.query.split("&"))
-        first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
-        paging = {"first_id": first, "last_id": last, "has_more": False}
+        ids = [row["id"] for row in rows] or [None]
+        paging = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
         return Response(200, dump_json({"object": "list", "data": rows, **paging}))
 
     async def get_model(self, request: Request) -> Response:
@@ -17958,11 +17944,8 @@ class Exchange:
         for name in order:
             if name in self.model.dialects:
                 return UPSTREAM_DIALECTS[name]
-        raise WrongDialect(
-            f"{self.model.id} is not a chat model.",
-            hint="Choose another model; GET /v1/models lists them.",
-            param="model",
-        )
+        hint = "Choose another model; GET /v1/models lists them."
+        raise WrongDialect(f"{self.model.id} is not a chat model.", hint=hint, param="model")
 
     async def prepare(self) -> None:
         """Writes the upstream's request; raises ApiError."""
@@ -18120,12 +18103,13 @@ class Exchange:
                 translator.has_output = True  # the head goes out before the upstream's first event
                 writer.write(translator.client.ping(False))
             first = await opening
-            assert self.source is not None
-            writer.on_flow = self.source.hold
-            writer.on_stop = self.stop
+            source = self.source
+            assert source is not None
+            writer.on_flow = source.hold
+            writer.on_stop = lambda: source.fail(Overloaded("The gateway is stopping."))
             writer.write(first, translator.is_finished)
             if not translator.is_finished:
-                await self.source.relay(on_data)
+                await source.relay(on_data)
             writer.write(translator.end(), is_last=True)
             failure = translator.error
         except ApiError as error:
@@ -18141,11 +18125,6 @@ class Exchange:
             ticker.discard(ping)
             await self.abandon(opening)
             self.finish(failure)
-
-    def stop(self) -> None:
-        """On shutdown: ends the stream with an error in the client's dialect."""
-        if self.source is not None:
-            self.source.fail(Overloaded("The gateway is stopping."))
 
     def finish(self, failure: BaseException | None) -> None:
         self.request.cancel_on_disconnect(False)
@@ -18316,8 +18295,8 @@ def open_port(host: str, port: int) -> list[socket.socket]:
         if error.errno == errno.EADDRINUSE:
             reason += f" (`ss -ltnp` or `lsof -i :{port}` shows the process)"
         option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-        where = f"{format_host(host)}:{port}"
-        raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
+        where = f"cannot listen on {format_host(host)}:{port}"
+        raise ProgramError(f"{where}: {reason}; try {option}") from None
 
 
 # 18.3 the process
@@ -18491,9 +18470,8 @@ class Daemon:
         self.client = HttpClient(config.network, self.ticker)
         self.ledger = Ledger(paths.usage_file, self.ticker)
         self.gateway = self.make_gateway({})
-        self.server = Server(
-            config.server, self.ticker, self.gateway.handle, self.gateway.write_error
-        )
+        handlers = self.gateway.handle, self.gateway.write_error
+        self.server = Server(config.server, self.ticker, *handlers)
         self.started_at = time.time()
         self.port = 0
         self.retiring: set[asyncio.Task[None]] = set()  #: each closes what a reload has replaced
