@@ -17895,8 +17895,8 @@ class Gateway:
         hold_deadline = time.monotonic() + HOLD_LIST_SECONDS
 
         async def attempt(provider: Provider, model: Model, is_last: bool = False) -> Response:
-            rest_s = max(0.0, hold_deadline - time.monotonic())
-            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else rest_s
+            left_s = max(0.0, hold_deadline - time.monotonic())
+            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else left_s
             chosen = model
             if model.auto:
                 key = "\0".join((self.label(request), request_info.session, request_info.opening))
@@ -18308,6 +18308,8 @@ LAUNCHER = """\
 import marshal, os, sys, types
 fd, path, entry = sys.argv[1:4]
 del sys.argv[:4]
+if sys.argv[0] == "detach" and os.fork():
+    os._exit(0)
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
 module.__file__ = path
 with open(int(fd), "rb") as file:
@@ -19516,8 +19518,6 @@ async def serve(
 def main_detached() -> int:
     """The entry point of a background process; returns the exit status.  See `start_process`."""
     os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: 0, which brought the bytecode
-    if sys.argv[0] == "detach" and os.fork():
-        os._exit(0)
     starter = int(sys.argv[1])
     os.set_inheritable(starter, False)
     with open(starter, "rb", closefd=False) as stream:
