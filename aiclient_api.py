@@ -78,7 +78,6 @@ Files read and written
     $XDG_STATE_HOME/aiclient-api/machine.json            read, written (0600): random ids
     $XDG_STATE_HOME/aiclient-api/daemon.pid, .sock, .log, .log.1, .log.2  (0600), of the daemon;
         if its path would be too long, the socket is in $XDG_RUNTIME_DIR or the temporary folder
-    $XDG_STATE_HOME/aiclient-api/bytecode/               compiled copy of this file
     $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
     by `auth import` only: the places of IMPORTS, like ~/.config/github-copilot, ~/.aws/sso/cache
@@ -183,6 +182,7 @@ if TYPE_CHECKING:
     import tomllib
     import urllib.parse
     import urllib.request
+    from types import CodeType
 else:
     import concurrent
     import email
@@ -13291,7 +13291,6 @@ class Paths:
         self.socket_file = state("daemon.sock")  #: unless its path is too long
         self.log_file = state("daemon.log")
         self.usage_file = state("usage.db")
-        self.bytecode_dir = state("bytecode")  #: a script would be compiled at every start
 
     def token_file(self, provider: str) -> str:
         return os.path.join(self.config_dir, provider, "token.json")
@@ -13433,7 +13432,7 @@ def program_command() -> str:
     """What to type to run this program, as its user did: `python3 -m aiclient_api`."""
     typed, size = sys.orig_argv, len(sys.orig_argv) - len(sys.argv) + 1
     if size == 1:
-        return typed[0]  # in the background: see read_launch
+        return typed[0]  # in the background: see main_detached
     if not sys.argv[0].endswith(".py") or os.path.basename(sys.argv[0]) == "__main__.py":
         return "aiclient-api"
     python = "python3" if "/" in typed[0] else typed[0]
@@ -13565,8 +13564,6 @@ def open_state(paths: Paths, *, is_required: bool = True) -> bool:
     """Creates the state folder; False if it is not `is_required` and nothing can be written."""
     try:
         make_private_dir(paths.state_dir)
-        if os.path.isdir(paths.bytecode_dir):
-            check_folder(paths.bytecode_dir)
         return is_required or os.access(paths.state_dir, os.W_OK | os.X_OK)
     except OSError as error:
         if not is_required and error.errno in (errno.EACCES, errno.EROFS):
@@ -16826,13 +16823,11 @@ class Endpoint(NamedTuple):
     is_open: bool = False  #: needs no key: clients probe it before they authenticate
 
 
-# Served without /v1 as well.
-BARE_ENDPOINTS = (
-    "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/models", "/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens",
-    "/v1/status", "/v1/usage",
-)  # fmt: skip
 SLASHES = re.compile(r"/{2,}")
+API_PATH = re.compile(
+    r"\A(?:/v1)*(?=/(?:chat|embeddings|messages|models|responses|status|usage)(?:/|\Z))"
+)
+ID_PATH = re.compile(r"(/v1/models/|/v1/responses/(?!(?:compact|input_tokens)\Z))(.+)", re.DOTALL)
 
 
 @functools.lru_cache(maxsize=256)
@@ -16841,15 +16836,9 @@ def split_path(path: str) -> tuple[str, str]:
 
     Clients send /v1 twice, no /v1, and extra slashes.
     """
-    path = SLASHES.sub("/", path).rstrip("/") or "/"
-    while path.startswith("/v1/v1/") or path == "/v1/v1":
-        path = path[3:]
-    if path.startswith("/models/") or f"/v1{path}" in BARE_ENDPOINTS:
-        path = "/v1" + path
-    for parent in ("/v1/models/", "/v1/responses/"):
-        if path.startswith(parent) and path not in BARE_ENDPOINTS:
-            return f"{parent}ID", path.removeprefix(parent)
-    return path, ""
+    path = API_PATH.sub("/v1", SLASHES.sub("/", path).rstrip("/") or "/")
+    found = ID_PATH.fullmatch(path)
+    return (f"{found[1]}ID", found[2]) if found else (path, "")
 
 
 def failure_status(failure: BaseException | None) -> tuple[int, str]:
@@ -16866,6 +16855,17 @@ def failure_status(failure: BaseException | None) -> tuple[int, str]:
 JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
 
 
+def is_local_origin(origin: str) -> bool:
+    scheme, _, authority = origin.partition("://")
+    host = split_host(authority)
+    return scheme in ("http", "https") and host is not None and is_loopback(host[0])
+
+
+def foreign_origin() -> Forbidden:
+    hint = "Add the origin to server.cors_origins if it is yours."
+    return Forbidden("Web pages of this origin may not use the gateway.", hint=hint)
+
+
 class Shield:
     """Guards against DNS rebinding and cross-site requests: web pages can reach loopback."""
 
@@ -16877,19 +16877,15 @@ class Shield:
     def check(self, request: Request) -> None:
         """Raises Forbidden or UnsupportedMediaType."""
         headers = request.headers
-        host = headers.get("host", "localhost")
-        if not self.is_own_host(host):
-            raise Forbidden(
-                "This Host is not served here.",
-                hint="Add it to server.allowed_hosts if it is yours.",
-            )
+        host = headers.get("host", "localhost").lower()
+        name = (split_host(host) or ("",))[0]  # whole names are compared, never prefixes
+        if not ({name.strip("[]"), host} & self.hosts or is_loopback(name)):
+            hint = "Add it to server.allowed_hosts if it is yours."
+            raise Forbidden("This Host is not served here.", hint=hint)
         origin = headers.get("origin")
-        if origin is not None and not self.may_call(origin):
-            raise Forbidden(
-                "Web pages of this origin may not use the gateway.",
-                hint="Add the origin to server.cors_origins if it is yours.",
-            )
         is_listed = origin is not None and self.is_listed(origin)
+        if origin is not None and not is_listed and not is_local_origin(origin):
+            raise foreign_origin()
         if headers.get("sec-fetch-site", "").lower() == "cross-site" and not is_listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
         # Pages may send other content types, or none, without a CORS preflight.
@@ -16897,24 +16893,8 @@ class Shield:
         is_empty = request.body.is_complete and not media_type
         has_body = request.method in ("POST", "PUT", "PATCH") and not is_empty
         if has_body and not JSON_TYPE.fullmatch(media_type):
-            raise UnsupportedMediaType(
-                "The body must be sent as application/json.",
-                hint="With curl: -H 'content-type: application/json'.",
-            )
-
-    def is_own_host(self, host: str) -> bool:
-        """Whether a Host field names this gateway; whole names are compared, never prefixes."""
-        name = (split_host(host) or ("",))[0].lower()
-        return name.strip("[]") in self.hosts or is_loopback(name) or host.lower() in self.hosts
-
-    def may_call(self, origin: str) -> bool:
-        if self.is_listed(origin):
-            return True
-        scheme, separator, authority = origin.partition("://")
-        host = split_host(authority)
-        if scheme not in ("http", "https") or not separator or host is None:
-            return False
-        return is_loopback(host[0])
+            hint = "With curl: -H 'content-type: application/json'."
+            raise UnsupportedMediaType("The body must be sent as application/json.", hint=hint)
 
     def is_listed(self, origin: str) -> bool:
         """`:*` in the list stands for any port."""
@@ -16938,7 +16918,7 @@ class Shield:
     def preflight(self, request: Request) -> Response:
         headers = self.cors_headers(request)
         if not headers:
-            raise Forbidden("Web pages of this origin may not use the gateway.")
+            raise foreign_origin()
         requested = request.headers.get("access-control-request-headers", "")
         headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         headers["Access-Control-Max-Age"] = "86400"
@@ -16973,9 +16953,9 @@ body {
 header, h3, .line { display: flex; gap: 0.5rem; align-items: baseline; }
 h1, h3 > :first-child, .line > :first-child { flex: 1; min-width: 0; }
 h1 { font-size: 1.125rem; margin-bottom: 1rem; }
-h1 small, dt, .soft, summary, thead { color: var(--soft); font-weight: 400; }
-h2 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
-h3 { font-size: 1rem; }
+h1 small, dt, .soft, thead { color: var(--soft); font-weight: 400; }
+h2, h3 { font-size: 1rem; }
+h2 { margin: 1.5rem 0 0.5rem; }
 small, dt, thead { font-size: 0.8125rem; }
 #mark { width: 1.125rem; height: 1.125rem; fill: var(--accent); align-self: start; margin: 4px; }
 button, input { font: inherit; color: inherit; }
@@ -16991,10 +16971,10 @@ dl { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax
 }
 .grid + .card, .across { grid-column: 1 / -1; margin-top: 0.75rem; }
 .good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+ul { list-style: none; padding: 0; }
 #notice:not(:empty), #warnings li {
-  list-style: none; margin-bottom: 0.5rem; padding: 8px 16px; border-left: 4px solid var(--amber);
+  margin-bottom: 0.5rem; padding: 8px 16px; border-left: 4px solid var(--amber);
 }
-#warnings { padding: 0; }
 #notice:not(:empty) { border-left-color: var(--bad); }
 #charts, #caps { --cell: 19rem; }
 #caps { column-gap: 1.5rem; }
@@ -17024,8 +17004,7 @@ output { margin-left: auto; color: var(--soft); }
 table { border-collapse: collapse; width: 100%; white-space: nowrap; }
 caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
 th, td { text-align: left; font-weight: 400; padding: 4px 12px 4px 0; }
-thead, tbody tr + tr { border-top: 1px solid var(--line); }
-thead { border-top: 0; border-bottom: 1px solid var(--line); }
+thead, tbody tr:not(:last-child) { border-bottom: 1px solid var(--line); }
 tbody:empty::after { content: "Nothing yet."; color: var(--soft); }
 tr > :nth-child(n + 6), .counts tr > :nth-child(n + 2) { text-align: right; }
 tr > :last-child { padding-right: 0; }
@@ -17161,10 +17140,9 @@ function ticks(most) {
 
 // One bar for each day; `series` is [{name, colour, values}], stacked.
 function chart(title, days, series, shown, labels) {
-  const sum = values => values.reduce((total, value) => total + value, 0);
-  const sums = days.map((_, i) => sum(series.map(one => one.values[i])));
+  const sums = days.map((_, i) => series.reduce((sum, one) => sum + one.values[i], 0));
   const marks = ticks(Math.max(...sums) || 1), top = marks[marks.length - 1];
-  const total = `${shown(sum(sums))} in ${days.length} days`;
+  const total = `${shown(sums.reduce((sum, one) => sum + one, 0))} in ${days.length} days`;
   const caption = make("output", {}, total);
   const plot = draw("svg", {class: "chart", role: "img", "aria-label": `${title}: ${total}`});
   for (const mark of marks) {
@@ -17316,7 +17294,6 @@ function showAll(status, usage, days) {
 // -- asking the gateway
 
 class KeyWanted extends Error {}
-class Gone extends Error {}
 let turn = 0, timer = 0, heard = null;
 
 async function ask(path) {
@@ -17326,14 +17303,16 @@ async function ask(path) {
   const response = await fetch(path, {
     headers, cache: "no-store", credentials: "omit",
     redirect: "error", signal: AbortSignal.timeout(PATIENCE_MS),
-  }).catch(() => { throw new Gone(); });
-  const body = await response.json();
+  }).catch(() => { throw new Error("The gateway does not respond"); });
+  const body = await response.json(), reason = body.error?.message ?? `status ${response.status}`;
   if (response.status === 401) throw new KeyWanted(key ? "This is not the gateway's key." : "");
-  if (!response.ok) throw new Error(body.error?.message ?? `status ${response.status}`);
+  if (!response.ok) throw new Error(`This cannot be shown: ${reason}`);
   return body;
 }
 
 function askForKey(words) {
+  clearTimeout(timer);
+  turn++;
   sessionStorage.removeItem(KEPT);
   $("ask").hidden = false;
   $("figures").hidden = $("forget").hidden = true;
@@ -17341,14 +17320,6 @@ function askForKey(words) {
   $("wrong").textContent = words;
   for (const id of Object.keys(drawn)) show(id, null, () => []);
   $("key").focus();
-}
-
-function tell(error) {
-  const gone = error instanceof Gone;
-  const words = gone ? "The gateway does not respond" : `This cannot be shown: ${error.message}`;
-  const of = heard ? ` The figures are of ${clock(heard)}.` : "";
-  $("notice").textContent = `${words}; retrying every ${EVERY_MS / 1000} seconds.${of}`;
-  $("figures").classList.add("gone");
 }
 
 async function refresh() {
@@ -17368,7 +17339,9 @@ async function refresh() {
   } catch (error) {
     if (mine !== turn) return;
     if (error instanceof KeyWanted) return askForKey(error.message);
-    tell(error);
+    const of = heard ? ` The figures are of ${clock(heard)}.` : "";
+    $("notice").textContent = `${error.message}; retrying every ${EVERY_MS / 1000} seconds.${of}`;
+    $("figures").classList.add("gone");
   }
   if (!document.hidden) timer = setTimeout(refresh, EVERY_MS);
 }
@@ -17379,11 +17352,7 @@ $("ask").addEventListener("submit", event => {
   $("key").value = "";
   refresh();
 });
-$("forget").addEventListener("click", () => {
-  clearTimeout(timer);
-  turn++;
-  askForKey("");
-});
+$("forget").addEventListener("click", () => askForKey(""));
 document.querySelector("fieldset").addEventListener("change", refresh);
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) clearTimeout(timer);
@@ -17421,17 +17390,12 @@ def write_page() -> tuple[bytes, dict[str, str]]:
     The policy allows only this very script and style, and requests to this gateway only.
     """
     policy = (
-        "default-src 'none'",
-        f"script-src {write_source(PAGE_SCRIPT)}",
-        f"style-src {write_source(PAGE_STYLE)}",
-        "connect-src 'self'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; "
+        f"script-src {write_source(PAGE_SCRIPT)}; style-src {write_source(PAGE_STYLE)}"
     )
     headers = {
-        "Content-Security-Policy": "; ".join(policy),
+        "Content-Security-Policy": policy,
         "X-Frame-Options": "DENY",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
@@ -17452,26 +17416,12 @@ PUBLIC_STATUS = (
 KEY_HEADERS = ("authorization", "x-api-key", "api-key")
 
 
-def read_api_keys(headers: Headers) -> list[str]:
-    """The keys a request carries; raises InvalidKey if a header with a key is repeated.
-
-    Each of them counts: Claude Desktop sends a token of its own in `Authorization` beside the
-    gateway's key in `x-api-key` (seen in 2026-11).
-    """
-    if not headers.repeated.isdisjoint(KEY_HEADERS):
-        raise InvalidKey("More than one key was sent.")
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    keys = [value.strip(" ")] if scheme.lower() == "bearer" else []
-    return keys + [headers[name] for name in KEY_HEADERS[1:] if name in headers]
-
-
 def error_headers(error: ApiError) -> dict[str, str]:
     """The error's own, and the `Retry-After` and `x-should-retry` that the vendors' SDKs obey."""
     headers = dict(error.headers)
     wait_s = error.retry_after
-    if (error.status == 429 and error.retry is not False) or wait_s is not None:
-        seconds = min(max(wait_s or 1.0, 1.0), MAX_RETRY_AFTER_SECONDS)
-        headers["Retry-After"] = str(math.ceil(seconds))
+    if wait_s is not None or (error.status == 429 and error.retry is not False):
+        headers["Retry-After"] = str(math.ceil(min(max(wait_s or 1, 1), MAX_RETRY_AFTER_SECONDS)))
     if error.retry is False or (wait_s or 0) > MAX_RETRY_AFTER_SECONDS:
         headers["x-should-retry"] = "false"
     return headers
@@ -17514,10 +17464,12 @@ class Gateway:
         self.started_at = int(time.time())
         keys = {"": config.api_key} if config.api_key else {}
         self.keys = {name: key.encode() for name, key in {**keys, **config.api_keys}.items()}
-        chat, messages, responses = (
+        chat, messages, post_response = (
             functools.partial(self.converse, dialect) for dialect in (CHAT, MESSAGES, RESPONSES)
         )
+        responses: dict[str, Handler] = {"POST": post_response, "GET": self.refuse_websocket}
         stored = dict.fromkeys(("GET", "POST", "DELETE"), self.refuse_stored)
+        usage = {"GET": self.get_usage, "DELETE": self.delete_usage}
         self.endpoints = {
             "/": Endpoint({"GET": self.get_page}, is_open=True),
             "/healthz": Endpoint({"GET": self.get_health}, is_polled=True, is_open=True),
@@ -17525,9 +17477,7 @@ class Gateway:
             "/v1/chat/completions": Endpoint({"POST": chat}, is_costly=True),
             "/v1/messages": Endpoint({"POST": messages}, is_costly=True),
             "/v1/messages/count_tokens": Endpoint({"POST": self.post_count_tokens}),
-            "/v1/responses": Endpoint(
-                {"POST": responses, "GET": self.refuse_websocket}, is_costly=True
-            ),
+            "/v1/responses": Endpoint(responses, is_costly=True),
             "/v1/responses/input_tokens": Endpoint({"POST": self.post_input_tokens}),
             "/v1/responses/compact": Endpoint({"POST": self.refuse_compact}),
             "/v1/responses/ID": Endpoint(stored),
@@ -17535,9 +17485,7 @@ class Gateway:
             "/v1/models": Endpoint({"GET": self.get_models}),
             "/v1/models/ID": Endpoint({"GET": self.get_model}),
             "/v1/status": Endpoint({"GET": self.get_status}, is_polled=True),
-            "/v1/usage": Endpoint(
-                {"GET": self.get_usage, "DELETE": self.delete_usage}, is_polled=True
-            ),
+            "/v1/usage": Endpoint(usage, is_polled=True),
             "/api/event_logging/batch": Endpoint({"POST": self.post_telemetry}),
         }
 
@@ -17599,8 +17547,7 @@ class Gateway:
             hint = f"There are: {', '.join(self.endpoints)}."
             raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
         if endpoint.is_costly and method == "POST":
-            now = time.monotonic()
-            wait_s = self.limiter.wait_for(request.client, now)
+            wait_s = self.limiter.wait_for(request.client, time.monotonic())
             if wait_s > 0:
                 raise RateLimited("Too many requests from this address.", retry_after=wait_s)
         if method not in endpoint.methods:
@@ -17610,30 +17557,30 @@ class Gateway:
         return await endpoint.methods[method](request)
 
     def check_key(self, request: Request) -> str:
-        """The name of the request's key; raises InvalidKey."""
-        # latin-1 restores the bytes that were sent
-        sent_keys = [key.encode("latin-1") for key in read_api_keys(request.headers)]
-        matches = [
-            name
-            for sent_key in sent_keys
-            for name, key in self.keys.items()
-            if hmac.compare_digest(sent_key, key)
-        ]
-        if matches:
-            return matches[0]
-        raise InvalidKey(
-            "The gateway's key is missing or wrong.",
-            hint="Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        """The name of the request's key; raises InvalidKey, also if a header for it is repeated.
+
+        Each header counts: Claude Desktop sends a token of its own in `Authorization` beside the
+        gateway's key in `x-api-key` (seen in 2026-11).
+        """
+        headers = request.headers
+        if not headers.repeated.isdisjoint(KEY_HEADERS):
+            raise InvalidKey("More than one key was sent.")
+        scheme, _, value = headers.get("authorization", "").partition(" ")
+        keys = [value.strip(" ")] if scheme.lower() == "bearer" else []
+        keys += [headers[name] for name in KEY_HEADERS[1:] if name in headers]
+        for sent_key in keys:
+            for name, key in self.keys.items():
+                # latin-1 restores the bytes that were sent
+                if hmac.compare_digest(sent_key.encode("latin-1"), key):
+                    return name
+        hint = "Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise InvalidKey("The gateway's key is missing or wrong.", hint=hint, headers=challenge)
 
     @staticmethod
     def id_headers(request_id: str) -> dict[str, str]:
-        return {
-            "request-id": request_id,
-            "x-request-id": request_id,
-            "X-Content-Type-Options": "nosniff",
-        }
+        ids = {"request-id": request_id, "x-request-id": request_id}
+        return {**ids, "X-Content-Type-Options": "nosniff"}
 
     def log_access(self, request: Request, status: int, kind: str) -> None:
         """Metadata only; `kind` as in UsageRecord.  Ids, and unknown paths, share one metric."""
@@ -17641,9 +17588,8 @@ class Gateway:
         endpoint = self.endpoints.get(path)
         label = "other" if endpoint is None else path
         self.ledger.metrics.count_request(label, request.method, status)
-        details = {"provider": "-", "model": "-"}
-        if request.route is not None:
-            details = {"provider": request.route.provider or "-", "model": request.route.model}
+        provider, model = request.route[:2] if request.route else ("", "-")
+        details = {"provider": provider or "-", "model": model}
         if request.usage_record is not None:
             usage = request.usage_record.usage
             details |= {"input": str(usage.prompt), "output": str(usage.output)}
@@ -17651,21 +17597,12 @@ class Gateway:
                 details["credits"] = f"{usage.nano_credits / 1e9:.6g}"
         if kind:
             details["kind"] = kind
-        end = {"": "ok", "cancelled": "cancelled"}.get(kind, "error")
-        is_quiet = endpoint is not None and endpoint.is_polled and end == "ok"
-        seconds = asyncio.get_running_loop().time() - request.started_at
-        log_event(
-            "debug" if is_quiet else "info",
-            "request",
-            id=request.id,
-            client=request.client,
-            method=request.method,
-            path=request.path[:200],
-            status=status,
-            ms=f"{seconds * 1000:.1f}",
-            **details,
-            end=end,
-        )
+        details["end"] = {"": "ok", "cancelled": "cancelled"}.get(kind, "error")
+        is_quiet = endpoint is not None and endpoint.is_polled and not kind
+        ms = f"{(asyncio.get_running_loop().time() - request.started_at) * 1000:.1f}"
+        facts = {"id": request.id, "client": request.client, "method": request.method}
+        facts |= {"path": request.path[:200], "status": str(status), "ms": ms}
+        log_event("debug" if is_quiet else "info", "request", **facts, **details)
 
     # -- responses that need no upstream
 
@@ -17746,7 +17683,7 @@ class Gateway:
         failure: BaseException | None,
         streamed: bool = False,
         first_byte_at: float | None = None,
-    ) -> None:
+    ) -> UsageRecord:
         """Records a completion, successful or not; `first_byte_at` is monotonic."""
         duration_s = time.monotonic() - request.started_at
         status, kind = failure_status(failure)
@@ -17754,7 +17691,7 @@ class Gateway:
         if price is not None:
             source = "derived" if usage.source == "reported" else "estimated"
             usage = replace(usage, nano_credits=price, credits_source=source)
-        request.usage_record = UsageRecord(
+        request.usage_record = record = UsageRecord(
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
@@ -17769,7 +17706,8 @@ class Gateway:
             first_byte_s=None if first_byte_at is None else first_byte_at - request.started_at,
             costs=not provider.local,
         )
-        self.ledger.record(request.usage_record)
+        self.ledger.record(record)
+        return record
 
     def label(self, request: Request) -> str:
         user_agent = request.headers.get("user-agent", "")
@@ -17803,25 +17741,21 @@ class Gateway:
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of each provider; those whose list is unavailable are logged and left out."""
         listings = {name: provider.catalogue.listed() for name, provider in self.providers.items()}
-        available = {name: models for name, models in listings.items() if models is not None}
-        names = [name for name in listings if name not in available]
-        requests = (self.providers[name].models() for name in names)
-        results = await asyncio.gather(*requests, return_exceptions=True) if names else ()
-        for name, result in zip(names, results, strict=True):
-            if isinstance(result, ApiError):
-                level = "debug" if isinstance(result, NotSignedIn) else "warning"
-                log_event(level, "models_unavailable", provider=name, reason=result)
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                available[name] = result
-        return {name: available[name] for name in self.providers if name in available}
+
+        async def fetch(name: str) -> None:
+            try:
+                listings[name] = await self.providers[name].models()
+            except ApiError as error:
+                level = "debug" if isinstance(error, NotSignedIn) else "warning"
+                log_event(level, "models_unavailable", provider=name, reason=error)
+
+        missing = [name for name, models in listings.items() if models is None]
+        if missing:
+            await asyncio.gather(*map(fetch, missing))
+        return {name: models for name, models in listings.items() if models is not None}
 
     def rows(self, catalogues: dict[str, dict[str, Model]], raw: bool) -> list[Json]:
-        """The rows of /v1/models: usable models by their shortest unambiguous names, and aliases.
-
-        `raw` adds the upstream's own entry.
-        """
+        """Usable models by their shortest unambiguous names, and aliases, as in /v1/models."""
         entries: list[tuple[str, Model]] = []
         every_model = (model for models in catalogues.values() for model in models.values())
         ids = Counter(model.id for model in every_model if not model.auto)
@@ -17834,11 +17768,7 @@ class Gateway:
         for alias in self.router.aliases:
             target = self.resolve_name(alias, catalogues)
             entries += [(alias, target)] if target else []
-        keys = ("raw",) if raw else ()
-        return [
-            self.row(public_name, model) | dict.fromkeys(keys, model.raw)
-            for public_name, model in entries
-        ]
+        return [self.row(public_name, model, raw) for public_name, model in entries]
 
     def resolve_name(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
         """The model for a name; for an alias, its first candidate that exists; otherwise None."""
@@ -17855,8 +17785,11 @@ class Gateway:
                 return model
         return None
 
-    def row(self, name: str, model: Model) -> Json:
-        """One model with the fields of both APIs: either SDK ignores what it does not know."""
+    def row(self, name: str, model: Model, raw: bool) -> Json:
+        """One model with the fields of both APIs: either SDK ignores what it does not know.
+
+        `raw` adds the upstream's own entry.
+        """
         row: Json = {
             "id": name,
             "object": "model",
@@ -17867,22 +17800,21 @@ class Gateway:
             "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started_at)),
             "provider": model.provider,
         }
-        limits = {
-            "max_input_tokens": model.max_prompt,
-            "max_tokens": model.max_output,
-            "context_window": model.context,
-        }
+        limits = {"max_input_tokens": model.max_prompt, "max_tokens": model.max_output}
+        limits["context_window"] = model.context
         row.update({key: value for key, value in limits.items() if value})
         if model.guessed:
             row["guessed"] = True  # from a built-in list: the service sent none
         if name in self.router.aliases:
             row["alias_of"] = self.router.aliases[name]
+        if raw:
+            row["raw"] = model.raw
         return row
 
     async def get_models(self, request: Request) -> Response:
         rows = self.rows(await self.catalogues(), "raw=1" in request.query.split("&"))
-        first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
-        paging = {"first_id": first, "last_id": last, "has_more": False}
+        ids = [row["id"] for row in rows] or [None]
+        paging = {"first_id": ids[0], "last_id": ids[-1], "has_more": False}
         return Response(200, dump_json({"object": "list", "data": rows, **paging}))
 
     async def get_model(self, request: Request) -> Response:
@@ -17892,8 +17824,7 @@ class Gateway:
         model = self.resolve_name(name, catalogues)
         if model is None:
             raise self.router.not_found(name, catalogues)
-        raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
-        return Response(200, dump_json({**self.row(name, model), **raw}))
+        return Response(200, dump_json(self.row(name, model, "raw=1" in request.query.split("&"))))
 
     # -- completions and embeddings
 
@@ -17949,8 +17880,7 @@ class Gateway:
                 if len(routes) == 1 or not can_fall_back(error):
                     raise
                 facts = {"alias": name, "candidate": route, "kind": error.kind}
-                reason = error.message[:300]
-                log_event("info", "fallback", id=request.id, **facts, reason=reason)
+                log_event("info", "fallback", id=request.id, **facts, reason=error.message[:300])
                 failures.append((str(route), error))
                 request.cancel_on_disconnect(True, patient=True)
                 continue
@@ -17987,54 +17917,38 @@ class Gateway:
             model = long_context if long_context.listed else model
         return provider, model
 
-    @staticmethod
-    def choose_dialect(model: Model, client_dialect: Dialect, body: Json) -> UpstreamDialect:
-        """The client's own dialect if the model speaks it, otherwise the least lossy one."""
-        order = DIALECT_ORDER[client_dialect.name]
-        if not model.files and FILE_PARTS & foreign_parts(body, client_dialect.name):
-            order = (*order[1:], "chat")
-        for name in order:
-            if name in model.dialects:
-                return UPSTREAM_DIALECTS[name]
-        raise WrongDialect(
-            f"{model.id} is not a chat model.",
-            hint="Choose another model; GET /v1/models lists them.",
-            param="model",
-        )
-
     async def converse(self, client_dialect: Dialect, request: Request) -> Response:
         data = await request.read_body()
         body = await run_step(load_body, data)
         request_info = client_dialect.request_info(body)
         request_info.size = len(data)
-        session = request.headers.get("x-claude-code-session-id", "")
-        request_info.session = request_info.session or session
-        if len(request_info.session) > MAX_NAME_CHARS:
-            request_info.session = short_hash(request_info.session, 32)
+        session = request_info.session or request.headers.get("x-claude-code-session-id", "")
+        is_long = len(session) > MAX_NAME_CHARS
+        request_info.session = short_hash(session, 32) if is_long else session
         initiator = request.headers.get("x-initiator", "").lower()
         if initiator in ("user", "agent"):
             request_info.initiator = initiator
         request.cancel_on_disconnect(True, patient=True)
         del data  # it may be large, and the response long
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
-        now = time.monotonic
-        hold_deadline = now() + HOLD_LIST_SECONDS
+        hold_deadline = time.monotonic() + HOLD_LIST_SECONDS
 
         async def attempt(provider: Provider, model: Model) -> Response:
-            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
+            left_s = max(0.0, hold_deadline - time.monotonic())
+            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else left_s
 
             async def exchange() -> Response:
                 chosen = model
                 if model.auto:
                     key = (self.label(request), request_info.session, request_info.opening)
-                    seen = has_image(body.get("messages", body.get("input")))
                     conversation = short_hash("\0".join(key), 32)
-                    chosen = await provider.choose_model(
-                        model, conversation, last_user_text(body), seen
-                    )
-                return await self.exchange(
-                    request, client_dialect, body, request_info, provider, chosen, hold_s
+                    has_images = has_image(body.get("messages", body.get("input")))
+                    facts = conversation, last_user_text(body), has_images
+                    chosen = await provider.choose_model(model, *facts)
+                exchange = Exchange(
+                    self, request, provider, chosen, client_dialect, body, request_info
                 )
+                return await exchange.run(hold_s)
 
             try:
                 return await exchange()
@@ -18047,19 +17961,41 @@ class Gateway:
         body.text, body.spans = "", {}  # the response may take long, and nothing is sent again
         return response
 
-    async def exchange(
-        self,
-        request: Request,
-        client_dialect: Dialect,
-        body: Json,
-        request_info: RequestInfo,
-        provider: Provider,
-        model: Model,
-        hold_s: float,
-    ) -> Response:
-        """One attempt with one model; the status is held back for up to `hold_s`."""
-        upstream_dialect = self.choose_dialect(model, client_dialect, body)
-        response_dialect = self.dialect_of(request)
+
+@dataclass(eq=False, repr=False)
+class Exchange:
+    """One attempt to get a response from one model; it is recorded once."""
+
+    gateway: Gateway
+    request: Request
+    provider: Provider
+    model: Model
+    client_dialect: Dialect
+    body: Json
+    request_info: RequestInfo
+    call: Call = field(init=False)
+    translator: StreamTranslator = field(init=False)
+    source: BodyStream | None = None
+    first_byte_at: float | None = None  #: monotonic
+    is_recorded: bool = False
+
+    def upstream_dialect(self) -> UpstreamDialect:
+        """The client's own dialect if the model speaks it, otherwise the least lossy one."""
+        order = DIALECT_ORDER[self.client_dialect.name]
+        parts = foreign_parts(self.body, self.client_dialect.name)
+        if not self.model.files and FILE_PARTS & parts:
+            order = (*order[1:], "chat")
+        for name in order:
+            if name in self.model.dialects:
+                return UPSTREAM_DIALECTS[name]
+        hint = "Choose another model; GET /v1/models lists them."
+        raise WrongDialect(f"{self.model.id} is not a chat model.", hint=hint, param="model")
+
+    async def prepare(self) -> None:
+        """Writes the upstream's request; raises ApiError."""
+        provider, model, info = self.provider, self.model, self.request_info
+        upstream_dialect = self.upstream_dialect()
+        response_dialect = self.gateway.dialect_of(self.request)
 
         def window(model_id: str) -> int:
             return ((provider.catalogue.listed() or {}).get(model_id) or model).context or 0
@@ -18067,58 +18003,33 @@ class Gateway:
         context = ResponseContext(
             id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
-            model=model.id if model.auto else request_info.model,
+            model=model.id if model.auto else info.model,
             upstream_model="" if model.auto else model.id,
-            include_usage=request_info.include_usage or not request_info.stream,
-            request_body=body,
+            include_usage=info.include_usage or not info.stream,
+            request_body=self.body,
             store_reasoning=provider.reasoning.store,
             provider=provider.name,
             window=window,
-            secrets=self.secrets,
+            secrets=self.gateway.secrets,
         )
         conversation = await run_step(
-            read_conversation, body, client_dialect, upstream_dialect, context
+            read_conversation, self.body, self.client_dialect, upstream_dialect, context
         )
-        call = await run_step(
-            write_call, body, conversation, upstream_dialect, model, context, request_info
+        self.call = await run_step(
+            write_call, self.body, conversation, upstream_dialect, model, context, info
         )
-        call.betas = "" if conversation else request.headers.get("anthropic-beta", "")
-        translator = StreamTranslator(
-            upstream_dialect, response_dialect, context, request_info.stream, request.id
+        betas = "" if conversation else self.request.headers.get("anthropic-beta", "")
+        self.call.betas = betas
+        self.translator = StreamTranslator(
+            upstream_dialect, response_dialect, context, info.stream, self.request.id
         )
-        exchange = Exchange(self, request, provider, call, translator, client_dialect.name)
-        return await exchange.run(hold_s)
-
-
-class Exchange:
-    """One upstream response on its way to one client."""
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        request: Request,
-        provider: Provider,
-        call: Call,
-        translator: StreamTranslator,
-        client_dialect: str,
-    ) -> None:
-        self.gateway = gateway
-        self.request = request
-        self.provider = provider
-        self.call = call
-        self.translator = translator
-        #: the client's dialect
-        self.client_dialect = client_dialect
-        self.source: BodyStream | None = None
-        #: monotonic
-        self.first_byte_at: float | None = None
-        self.recorded = False
 
     async def run(self, hold_s: float) -> Response:
         """The response; its status waits up to `hold_s` for the upstream's first event.
 
         Once it is returned there is no fallback: its head names the provider and the model.
         """
+        await self.prepare()
         self.request.cancel_on_disconnect(True, self.provider.local)
         if not self.translator.stream:
             return await self.run_buffered()
@@ -18146,11 +18057,7 @@ class Exchange:
             ticker.discard(stop_waiting)
         return Response(
             200,
-            headers={
-                **self.headers(),
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            },
+            headers={**self.headers(), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             stream=lambda writer: self.pump(writer, opening),
             content_type="text/event-stream; charset=utf-8",
         )
@@ -18171,9 +18078,14 @@ class Exchange:
         self.first_byte_at = asyncio.get_running_loop().time()
         if self.call.model.id == AUTO_MODEL and self.call.model.auto:
             piece = await self.name_model(piece)
-        if piece.lstrip()[:1] == b"{":
-            return await self.open_buffered(piece)
         translator = self.translator
+        if piece.lstrip()[:1] == b"{":  # one JSON object instead of a stream
+            body = bytearray(piece)
+            while piece := await self.source.read_some():
+                body += piece
+                if len(body) > MAX_FRAME_BYTES:
+                    raise UpstreamError("The upstream's response is too large.")
+            return translator.feed_buffered(bytes(body))
         data = translator.feed(piece)
         while not translator.is_finished and not (data and translator.stream):
             piece = await self.source.read_some()
@@ -18192,16 +18104,6 @@ class Exchange:
             self.call.model = replace(self.call.model, id=named[1].decode())
             self.translator.rename_model(self.call.model.id)
         return piece
-
-    async def open_buffered(self, first: bytes) -> bytes:
-        """For an upstream that sends one JSON object instead of a stream."""
-        assert self.source is not None
-        body = bytearray(first)
-        while piece := await self.source.read_some():
-            body += piece
-            if len(body) > MAX_FRAME_BYTES:
-                raise UpstreamError("The upstream's response is too large.")
-        return self.translator.feed_buffered(bytes(body))
 
     async def run_buffered(self) -> Response:
         try:
@@ -18243,12 +18145,13 @@ class Exchange:
                 translator.has_output = True  # the head goes out before the upstream's first event
                 writer.write(translator.client.ping(False))
             first = await opening
-            assert self.source is not None
-            writer.on_flow = self.source.hold
-            writer.on_stop = self.stop
+            source = self.source
+            assert source is not None
+            writer.on_flow = source.hold
+            writer.on_stop = lambda: source.fail(Overloaded("The gateway is stopping."))
             writer.write(first, translator.is_finished)
             if not translator.is_finished:
-                await self.source.relay(on_data)
+                await source.relay(on_data)
             writer.write(translator.end(), is_last=True)
             failure = translator.error
         except ApiError as error:
@@ -18265,20 +18168,15 @@ class Exchange:
             await self.abandon(opening)
             self.finish(failure)
 
-    def stop(self) -> None:
-        """On shutdown: ends the stream with an error in the client's dialect."""
-        if self.source is not None:
-            self.source.fail(Overloaded("The gateway is stopping."))
-
     def finish(self, failure: BaseException | None) -> None:
         self.request.cancel_on_disconnect(False)
         if isinstance(failure, ApiError):
             self.request.failure = failure
         if self.source is not None:
             self.source.close(self.translator.is_complete)
-        if self.recorded:
+        if self.is_recorded:
             return
-        self.recorded = True
+        self.is_recorded = True
         call, ledger = self.call, self.gateway.ledger
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
@@ -18290,25 +18188,12 @@ class Exchange:
             self.provider.refused(call.model.id, failure)
         translator = self.translator
         usage = translator.usage
-        if not usage.source and failure is not None and not isinstance(failure, ApiError):
-            # A client that left pays, too.
+        is_cancelled = failure is not None and not isinstance(failure, ApiError)
+        if is_cancelled and not usage.source:  # a client that left pays, too
             usage = finalize_usage(usage, translator.context, translator.relay.output_estimate)
-        self.gateway.record(
-            self.request,
-            self.provider,
-            call.model,
-            self.client_dialect,
-            usage,
-            failure,
-            translator.stream,
-            self.first_byte_at,
-        )
-        record = self.request.usage_record
-        if (
-            record is not None
-            and not self.provider.local
-            and (failure is None or translator.is_complete)
-        ):
+        facts = self.client_dialect.name, usage, failure, translator.stream, self.first_byte_at
+        record = self.gateway.record(self.request, self.provider, call.model, *facts)
+        if not self.provider.local and (failure is None or translator.is_complete):
             body = call.body if call.sent is None else call.sent
             ledger.watch_cache(record, call.request_info, call.dialect, body)
 
@@ -18318,7 +18203,7 @@ class Exchange:
 # One gateway per state folder: the process that holds the lock on daemon.pid.  The kernel drops
 # the lock when the last process that has it open exits, so a stale pid is never trusted.
 # `start` takes the lock and opens the port, and passes both to a fresh process, which reads its
-# Launch from standard input.  A restart does the same from inside the running process: the
+# Launch from a socket.  A restart does the same from inside the running process: the
 # successor has the same lock and the same sockets before the old process lets go of them.
 
 
@@ -18336,10 +18221,9 @@ class Launch:
     activated: bool = False  #: a service manager opened the sockets: they are always used
     listeners: list[int] = field(default_factory=list)  #: descriptors of listening sockets
     lock: int = -1  #: descriptor
-    report: int = -1  #: descriptor of a socket for the first report
 
     def descriptors(self) -> list[int]:
-        return [fd for fd in (*self.listeners, self.lock, self.report) if fd >= 0]
+        return [fd for fd in (*self.listeners, self.lock) if fd >= 0]
 
 
 # 18.1 the lock
@@ -18347,9 +18231,7 @@ class Launch:
 
 def take_lock(path: str) -> int | None:
     """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
-    deadline = (
-        time.monotonic() + LOCK_PROBE_SECONDS
-    )  # an `is_locked` elsewhere holds it for a moment
+    deadline = time.monotonic() + LOCK_PROBE_SECONDS  # `is_locked` elsewhere holds it for a moment
     while fcntl is not None:
         with os_error_as(f"{path}: cannot be used as the lock"):
             fd = lock_file(path)
@@ -18458,36 +18340,26 @@ def open_port(host: str, port: int) -> list[socket.socket]:
         if error.errno == errno.EADDRINUSE:
             reason += f" (`ss -ltnp` or `lsof -i :{port}` shows the process)"
         option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-        where = f"{format_host(host)}:{port}"
-        raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
+        where = f"cannot listen on {format_host(host)}:{port}"
+        raise ProgramError(f"{where}: {reason}; try {option}") from None
 
 
 # 18.3 the process
 
-# A background process runs bytecode: compiling this file takes half a second, and 30 MiB that are
-# never given back.  Its parent reads the file and passes the bytecode of exactly what was read, so
-# what runs is what `--version` hashes.  Before it comes the Launch, on one line: the flags of
-# `start`, the key among them, are not in the arguments, which every user can list.
+# What serves runs from bytecode, in a process without the compiler's memory: compiling this file
+# takes half a second, and 30 MiB that are never given back.  The arguments: a descriptor that has
+# the bytecode, this file, the function to call, and what becomes sys.argv.
 LAUNCHER = """\
 import marshal, os, sys, types
-if "detach" in sys.argv and os.fork():
+fd, path, entry = sys.argv[1:4]
+del sys.argv[:4]
+if sys.argv[0] == "detach" and os.fork():
     os._exit(0)
-launch = sys.stdin.buffer.readline()
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
-module.__file__ = sys.argv[1]
-exec(marshal.loads(sys.stdin.buffer.read()), module.__dict__)
-sys.exit(module.main_detached(launch))
-"""
-# `start --foreground` of a bare file continues like this, in its process and without the compiler's
-# memory, from the bytecode that Python has made of it.
-CONTINUATION = """\
-import marshal, os, sys, types
-module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
-module.__file__ = sys.argv[2]
-with open(int(sys.argv[1]), "rb") as file:
-    del sys.argv[:3]
-    exec(marshal.load(file), module.__dict__)
-sys.exit(module.main())
+module.__file__ = path
+with open(int(fd), "rb") as file:
+    exec(marshal.loads(file.read()), module.__dict__)
+sys.exit(getattr(module, entry)())
 """
 COMPILER = """\
 import marshal, sys
@@ -18522,105 +18394,71 @@ def read_program() -> bytes:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def compile_program(source: bytes) -> bytes:
-    """In a child process, so that its memory is given back; raises ProgramError and OSError."""
-    command = [sys.executable, "-I", "-c", COMPILER, program_file()]
-    result = subprocess.run(command, input=source, capture_output=True, check=False)
+def bare_code() -> CodeType | None:
+    """What Python has just compiled, if this file runs as a script."""
+    frame = sys._getframe()  # noqa: SLF001 - documented
+    while frame.f_back is not None:
+        frame = frame.f_back
+    is_bare = frame.f_globals is globals() and os.path.isfile(sys.argv[0])
+    return frame.f_code if is_bare else None
+
+
+def load_bytecode() -> bytes:
+    """This program's: as Python has it already, otherwise of the file as it is now.
+
+    Compiles in a child process, so that its memory is given back; raises ProgramError and OSError.
+    """
+    path, spec = program_file(), globals()["__spec__"]
+    code = bare_code()
+    if code is None and spec is not None and os.path.isfile(path):
+        code = spec.loader.get_code(spec.name)
+    if code is not None:
+        return marshal.dumps(code)
+    command = [sys.executable, "-I", "-c", COMPILER, path]
+    result = subprocess.run(command, input=read_program(), capture_output=True, check=False)
     if result.returncode:
         last_line = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         reason = last_line or f"exit status {result.returncode}"
-        raise ProgramError(f"{program_file()}: cannot be compiled: {reason}")
+        raise ProgramError(f"{path}: cannot be compiled: {reason}")
     return result.stdout
 
 
-def load_bytecode(paths: Paths) -> bytes:
-    """This file as it is now, compiled; raises ProgramError and OSError.
-
-    The state folder caches it, preceded by its hash.  If that does not match, because the bytecode
-    is old, torn or another Python's, the file is compiled again and the cache replaced.
-    """
-    path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
-    source = read_program()
-    origin = importlib.util.MAGIC_NUMBER + os.fsencode(program_file()) + source
-    try:
-        with os.fdopen(open_trusted(path, "O_NOFOLLOW"), "rb") as file:
-            digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
-        if digest == hashlib.sha256(origin + bytecode).digest():
-            return bytecode
-    except FileNotFoundError:
-        pass  # the first start
-    except OSError as error:
-        log_event("warning", "bytecode_unusable", path=path, reason=error.strerror)
-    bytecode = compile_program(source)
-    try:
-        make_private_dir(paths.bytecode_dir)
-        if os.path.isdir(path):
-            quarantine(path)
-        replace_file(path, hashlib.sha256(origin + bytecode).digest() + bytecode)
-    except OSError as error:
-        log_event("warning", "bytecode_not_saved", path=path, reason=error.strerror)
-    return bytecode
-
-
-def read_launch(data: bytes) -> Launch:
-    """From JSON.  Standard input and output lead to /dev/null from now on."""
-    values = json.loads(data)
-    names = {item.name for item in fields(Launch)}  # another version may have others
-    launch = Launch(**{name: value for name, value in values.items() if name in names})
-    sys.argv[:] = sys.orig_argv[:] = [launch.program]
-    devnull = os.open(os.devnull, os.O_RDWR)
-    os.dup2(devnull, 0)
-    os.dup2(devnull, 1)
-    os.close(devnull)
-    for fd in launch.descriptors():
-        os.set_inheritable(fd, False)
-    return launch
-
-
 def start_process(
-    launch: Launch, paths: Paths, stderr: int | None = None, *, detach: bool = False
+    launch: Launch, stderr: int | None = None, *, detach: bool = False
 ) -> Json | None:
     """Starts a gateway process; returns its report: its status or `{"error"}`.
 
     None if it exits or times out without one; raises ProgramError and OSError.  A detached process
-    has forked once more, so that it can never acquire a terminal.
+    has forked once more, so that it can never acquire a terminal.  Launch and report go over a
+    socket: the flags of `start` are not in the arguments, which every user can list.
     """
-    bytecode = load_bytecode(paths)
-    reader, writer = socket.socketpair()
-    with reader:
-        with writer:
-            launch = replace(launch, report=writer.fileno())
-            command = [sys.executable, "-I", "-c", LAUNCHER, program_file()]
+    bytecode = load_bytecode()
+    starter, peer = socket.socketpair()
+    with starter:
+        with peer:
+            starter.sendall(dump_message(asdict(launch)))
+            starter.shutdown(socket.SHUT_WR)
+            command = [sys.executable, "-I", "-c", LAUNCHER, "0", program_file(), "main_detached"]
             child = subprocess.Popen(
-                command + ["detach"] * detach,
+                [*command, "detach" if detach else "", str(peer.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                pass_fds=launch.descriptors(),
+                pass_fds=[*launch.descriptors(), peer.fileno()],
                 start_new_session=True,
                 cwd="/",
             )
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
-            child.stdin.write(dump_message(asdict(launch)) + b"\n" + bytecode)
+            child.stdin.write(bytecode)
         report = None
-        reader.settimeout(START_SECONDS)
-        with contextlib.suppress(OSError), reader.makefile("rb") as stream:
+        starter.settimeout(START_SECONDS)
+        with contextlib.suppress(OSError), starter.makefile("rb") as stream:
             report = load_object(stream.read(MAX_CONTROL_BYTES))
     if report is None or "error" in report:
         child.kill()
         child.wait()
     return report
-
-
-def write_report(fd: int, report: Json) -> bool:
-    """False if the process that waits for the start has gone."""
-    try:
-        os.write(fd, dump_message(report))
-    except BrokenPipeError:
-        log_event("error", "parent_gone")
-        return False
-    return True
 
 
 def notify_manager(state: str) -> None:
@@ -18679,9 +18517,8 @@ class Daemon:
         self.client = HttpClient(config.network, self.ticker)
         self.ledger = Ledger(paths.usage_file, self.ticker)
         self.gateway = self.make_gateway({})
-        self.server = Server(
-            config.server, self.ticker, self.gateway.handle, self.gateway.write_error
-        )
+        handlers = self.gateway.handle, self.gateway.write_error
+        self.server = Server(config.server, self.ticker, *handlers)
         self.started_at = time.time()
         self.port = 0
         self.retiring: set[asyncio.Task[None]] = set()  #: each closes what a reload has replaced
@@ -18763,10 +18600,8 @@ class Daemon:
             loop.default_exception_handler(context)
         elif loop.time() > self.descriptor_quiet_until:
             self.descriptor_quiet_until = loop.time() + DESCRIPTOR_WARNING_SECONDS
-            connections = len(self.server.connections)
-            log_event(
-                "error", "too_many_open_files", reason=error.strerror, connections=connections
-            )
+            facts = {"reason": error.strerror, "connections": len(self.server.connections)}
+            log_event("error", "too_many_open_files", **facts)
 
     # -- reload
 
@@ -18778,7 +18613,8 @@ class Daemon:
         """
         loaded = load_config(self.paths, self.environ, self.launch.flags)
         changed = changed_settings(self.loaded_config, loaded)
-        pinned = [key for key in ("server.host", "server.port") if key in changed]
+        addresses = () if self.launch.activated else ("server.host", "server.port")
+        pinned = [key for key in addresses if key in changed]
         host, port = self.config.server.host, self.config.server.port
         new = replace(loaded, server=replace(loaded.server, host=host, port=port))
         check_exposure(new)
@@ -18802,9 +18638,7 @@ class Daemon:
         )
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
-        if self.launch.activated:
-            pinned = []
-        elif pinned:
+        if pinned:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": pinned}
 
@@ -18841,7 +18675,7 @@ class Daemon:
             raise ProgramError("it runs in the foreground: restart it where it was started")
         self.state = "restarting"
         try:
-            report = await asyncio.to_thread(start_process, self.launch, self.paths)
+            report = await asyncio.to_thread(start_process, self.launch)
             report = report or {"error": "it exited or timed out without a report; see the log"}
         except (OSError, ProgramError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -18945,8 +18779,7 @@ def read_frame(peer: socket.socket, seconds: float, limit: float) -> bytes | Non
         if size == len(data) == 4:
             size += int.from_bytes(data, "big")
             if size - 4 > limit:
-                problem = f"a message may have {limit} bytes, not {size - 4}"
-                raise ProgramError(problem)
+                raise ProgramError(f"a message may have {limit} bytes, not {size - 4}")
     return data[4:]
 
 
@@ -18955,8 +18788,9 @@ def check_socket(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
-            reason = f"{path} is not a socket of this user; move it away"
-            raise FileExistsError(errno.EEXIST, reason)
+            raise FileExistsError(
+                errno.EEXIST, f"{path} is not a socket of this user; move it away"
+            )
 
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
@@ -19144,16 +18978,6 @@ async def run_control_method(daemon: Daemon, data: bytes) -> Json:
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
         problem = internal_error("a control request failed").text()
     return {"ok": False, "error": problem}
-
-
-def open_control(daemon: Daemon, path: str) -> ControlServer:
-    """The loop does all the work; the threads of socketserver carry the bytes to it and back."""
-    loop = asyncio.get_running_loop()
-
-    def handle(data: bytes) -> Json:
-        return asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop).result()
-
-    return ControlServer(path, handle)
 
 
 # -- the client, which needs no event loop
@@ -19715,7 +19539,12 @@ async def serve(
     if paths.usage_file == IN_MEMORY:
         log_event("warning", "state_not_writable", path=paths.state_dir, usage="in memory")
     elif fcntl is not None:
-        control = open_control(daemon, choose_socket_path(paths, daemon.environ))
+        loop = asyncio.get_running_loop()
+
+        def handle(data: bytes) -> Json:
+            return asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop).result()
+
+        control = ControlServer(choose_socket_path(paths, daemon.environ), handle)
         try:
             write_pid_file(launch.lock, control.path)
         except OSError as error:
@@ -19733,15 +19562,29 @@ async def serve(
     return 0
 
 
-def main_detached(launch_json: bytes) -> int:
-    """The entry point of a background process, named in LAUNCHER; returns the exit status."""
-    launch = read_launch(launch_json)
-    report_fd, launch.report = launch.report, -1
+def main_detached() -> int:
+    """The entry point of a background process; returns the exit status.  See `start_process`."""
+    os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: 0, which brought the bytecode
+    starter = int(sys.argv[1])
+    os.set_inheritable(starter, False)
+    with open(starter, "rb", closefd=False) as stream:
+        values = json.loads(stream.read())
+    names = {item.name for item in fields(Launch)}  # another version may have others
+    launch = Launch(**{name: value for name, value in values.items() if name in names})
+    for fd in launch.descriptors():
+        os.set_inheritable(fd, False)
+    sys.argv[:] = sys.orig_argv[:] = [launch.program]
 
-    def report(status: Json) -> bool:
-        was_read = write_report(report_fd, status)
-        os.close(report_fd)
-        return was_read
+    def report(message: Json) -> bool:
+        """False if the process that waits for the start has gone."""
+        try:
+            os.write(starter, dump_message(message))
+        except BrokenPipeError:
+            log_event("error", "parent_gone")
+            return False
+        if "error" not in message:
+            os.close(starter)  # after an error it ends with this process
+        return True
 
     os.umask(0o077)
     start_log("info")  # standard error is the log
@@ -19752,10 +19595,10 @@ def main_detached(launch_json: bytes) -> int:
         listeners = launch_listeners(launch, config)
         return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
-        write_report(report_fd, {"error": str(error)})  # closed when this process exits
+        report({"error": str(error)})
         return error.exit_status
     except OSError as error:
-        write_report(report_fd, {"error": system_message(error)})
+        report({"error": system_message(error)})
         return 1
 
 
@@ -19826,7 +19669,7 @@ def start_detached(launch: Launch, paths: Paths) -> Json:
         log_file = start_log("info", log)
     assert log_file is not None
     offset = log_file.size
-    status = start_process(launch, paths, log_file.fd, detach=True)
+    status = start_process(launch, log_file.fd, detach=True)
     for fd in launch.descriptors():
         os.close(fd)
     if status is None or "error" in status:
@@ -19861,27 +19704,26 @@ def reexecute(options: argparse.Namespace) -> None:
     if bytecode is None:
         interpreter.append(script)
     else:
-        interpreter += ["-P", "-c", CONTINUATION, str(bytecode), program_file(), sys.argv[0]]
+        launcher = LAUNCHER, str(bytecode), program_file(), "main", sys.argv[0]
+        interpreter += ["-P", "-c", *launcher]
     key = {} if options.api_key is None else {KEY_VARIABLE: options.api_key}
     os.execve(sys.executable, [*interpreter, "start", *arguments], {**os.environ, **key})
 
 
 def open_bytecode() -> int | None:
-    """A file of this program's bytecode, if Python has just compiled it: it runs as a bare file."""
-    frame = sys._getframe()  # noqa: SLF001 - documented
-    while frame.f_back is not None:
-        frame = frame.f_back
-    if frame.f_globals is not globals() or not os.path.isfile(sys.argv[0]):
-        return None  # installed, under a profiler, or from standard input
+    """A nameless file of what Python has just compiled: nothing may be writable in a container."""
+    code = bare_code()
+    if code is None:
+        return None
     try:
-        if hasattr(os, "memfd_create"):  # nothing may be writable in a container
+        if hasattr(os, "memfd_create"):
             fd = os.memfd_create("bytecode")
         else:
             fd, path = tempfile.mkstemp()
             os.unlink(path)
         os.set_inheritable(fd, True)
         with open(fd, "wb", closefd=False) as file:
-            marshal.dump(frame.f_code, file)
+            marshal.dump(code, file)
             file.seek(0)
     except OSError as error:  # it works as well, in 50 MB more
         log_event("warning", "bytecode_unusable", reason=error.strerror)

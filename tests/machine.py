@@ -30,7 +30,6 @@ from support import (
 # Verbs run from cached bytecode, as an installed program does: a script is compiled each time.
 BYTECODE = tempfile.mkdtemp(prefix="gw-bytecode-")
 atexit.register(shutil.rmtree, BYTECODE, ignore_errors=True)
-DAEMON_BYTECODE = Path(BYTECODE) / "daemon"
 VERB_SECONDS = 60.0
 
 Json = dict[str, Any]
@@ -157,20 +156,10 @@ class Machine:
         )  # fmt: skip
         return Done(done)
 
-    def warm(self) -> None:
-        """Gives it the bytecode that an earlier daemon has cached, if there was one."""
-        cached = self.state / "bytecode"
-        if DAEMON_BYTECODE.exists() and not cached.exists():
-            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.copytree(DAEMON_BYTECODE, cached)
-
     def start(self, *words: str, **more: Any) -> Json:
-        """Starts a daemon on a free port; its status.  Only the first compiles the program."""
-        self.warm()
+        """Starts a daemon on a free port; its status."""
         started = self.run("start", "--port", "0", *words, **more)
         assert started.status == 0, started
-        if not DAEMON_BYTECODE.exists():
-            shutil.copytree(self.state / "bytecode", DAEMON_BYTECODE)
         return self.status()
 
     def status(self) -> Json:

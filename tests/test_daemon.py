@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import py_compile
 import re
 import resource
 import shlex
@@ -100,7 +99,7 @@ def test_all_that_it_makes_is_private(machine: Machine) -> None:
     done = machine.run("start", "--port", "0", umask=0)
     assert done.status == 0, done
     made = [machine.state, *machine.state.iterdir()]
-    assert {path.name for path in made} >= {"daemon.pid", "daemon.sock", "daemon.log", "bytecode"}
+    assert {path.name for path in made} >= {"daemon.pid", "daemon.sock", "daemon.log"}
     open_to_others = [path for path in made if path.stat().st_mode & 0o077]
     assert not open_to_others
 
@@ -108,7 +107,6 @@ def test_all_that_it_makes_is_private(machine: Machine) -> None:
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
 def test_it_starts_where_standard_streams_are_closed(machine: Machine, closed: str) -> None:
     """Else its sockets would become what others take for their input."""
-    machine.warm()
     line = shlex.join(machine.command("start", "--port", "0"))
     done = subprocess.run(
         ["/bin/sh", "-c", f"{line} {closed}"],
@@ -220,7 +218,6 @@ def test_of_a_host_with_several_addresses_those_of_this_machine_will_do(machine:
 
     said = start("other.test").failure()
     assert "other.test:0: Cannot assign requested address; try --host" in said
-    machine.warm()
     assert start("both.test").status == 0
     port = machine.status()["url"].rpartition(":")[2]
     assert fetch({"url": f"http://127.0.0.1:{port}"}, "/healthz").status == 200
@@ -291,7 +288,6 @@ def test_the_bare_file_in_the_foreground_runs_from_bytecode(
     machine: Machine, flags: list[str]
 ) -> None:
     """Compiling the file takes 45 MB that would never be given back."""
-    machine.warm()
     command = [sys.executable, *flags, str(PROGRAM), "start", "--foreground", "--port", "0"]
     process = subprocess.Popen(
         command, env=machine.environment(), cwd=machine.folder, stdin=subprocess.DEVNULL,
@@ -351,7 +347,6 @@ def test_in_the_foreground_it_serves_without_a_place_to_write(
 ) -> None:
     """As in a container whose root is read-only: usage is counted in memory."""
     machine.state.mkdir(mode=0o700, parents=True)
-    machine.warm()
     place = machine.state if is_there else machine.folder / "closed"
     place.mkdir(mode=0o700, exist_ok=True)
     if not is_there:
@@ -384,7 +379,6 @@ def test_the_first_process_of_a_container_drains_and_exits(machine: Machine) -> 
     unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
         pytest.skip("there are no namespaces here")
-    machine.warm()
     words = machine.command("start", "--foreground", "--port", "0", script=True)
     process = subprocess.Popen(
         [*unshare, *words], env=machine.environment(), cwd=machine.folder,
@@ -662,7 +656,6 @@ def test_a_stream_goes_on_with_the_provider_that_a_reload_has_taken_away(machine
 def test_what_needs_a_restart_is_told_and_the_rest_is_applied(machine: Machine) -> None:
     machine.config.mkdir(parents=True)
     machine.config_file.write_text("[server]\nport = 0\n")
-    machine.warm()
     assert machine.run("start").status == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -769,18 +762,23 @@ def test_a_successor_ignores_what_it_does_not_know_and_does_without_the_rest(
 ) -> None:
     """Versions follow each other in both directions."""
     machine.state.mkdir(parents=True, mode=0o700)
-    bytecode = gw.load_bytecode(gw.find_paths(machine.env))
-    reader, writer = os.pipe()
-    launch = {"flags": {"server.port": "0", "server.colour": "red"}, "report": writer, "hue": 1}
-    with subprocess.Popen(
-        [sys.executable, "-I", "-c", gw.LAUNCHER, gw.program_file()],
-        env=machine.env, pass_fds=[writer], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process, os.fdopen(reader, "rb") as report:  # fmt: skip
-        os.close(writer)
-        assert process.stdin is not None and process.stderr is not None
-        process.stdin.write(json.dumps(launch).encode() + b"\n" + bytecode)
+    starter, peer = socket.socketpair()
+    launch = {"flags": {"server.port": "0", "server.colour": "red"}, "hue": 1}
+    words = ["0", gw.program_file(), "main_detached", "", str(peer.fileno())]
+    with peer:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", gw.LAUNCHER, *words],
+            env=machine.env, pass_fds=[peer.fileno()],
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    with starter, process:
+        assert process.stdin is not None
+        process.stdin.write(gw.load_bytecode())
         process.stdin.close()
-        status = json.loads(report.read())
+        starter.sendall(json.dumps(launch).encode())
+        starter.shutdown(socket.SHUT_WR)
+        assert process.stderr is not None
+        status = json.loads(starter.makefile("rb").read())
         process.terminate()
         assert "url" in status, (status, process.stderr.read())
 
@@ -860,7 +858,6 @@ def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine
     [
         ("state/aiclient-api", 0o777),
         ("state/aiclient-api", 0o770),
-        ("state/aiclient-api/bytecode", 0o770),
         ("config/aiclient-api", 0o777),
     ],
 )
@@ -967,51 +964,6 @@ def test_what_is_in_the_place_of_a_file_is_reported_and_left(
 # ---- bytecode ------------------------------------------------------------------------------------
 
 
-def tear(path: Path) -> None:
-    """What a power cut leaves."""
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def plant(path: Path) -> None:
-    """What Python itself would take, with other code in it."""
-    py_compile.compile(str(path.with_name("planted.py")), str(path))
-
-
-def give_away(path: Path) -> None:
-    """Another user's."""
-    os.chown(path, 12345, 12345)
-
-
-def link(path: Path) -> None:
-    """A link to the same bytes."""
-    path.symlink_to(path.rename(path.with_name("elsewhere")))
-
-
-def make_folder(path: Path) -> None:
-    """A folder with something in it."""
-    path.unlink()
-    (path / "inside").mkdir(parents=True)
-
-
-@pytest.mark.parametrize(
-    "spoil", [tear, plant, give_away, link, make_folder, lambda path: path.write_bytes(b"")]
-)
-def test_bytecode_that_is_not_as_it_was_written_is_replaced(
-    tmp_path: Path, spoil: Callable[[Path], None]
-) -> None:
-    if spoil is give_away and os.getuid() != 0:
-        pytest.skip("only root can give a file away")
-    paths = gw.Paths(str(tmp_path), str(tmp_path))
-    bytecode = gw.load_bytecode(paths)
-    (path,) = (tmp_path / "bytecode").iterdir()
-    written = path.read_bytes()
-    path.with_name("planted.py").write_text("raise SystemExit('planted')\n")
-    spoil(path)
-    assert gw.load_bytecode(paths) == bytecode
-    assert path.lstat().st_uid == os.getuid() and not path.is_symlink()
-    assert path.read_bytes() == written
-
-
 def test_what_runs_is_the_file_as_it_is(machine: Machine) -> None:
     """Also where another one had its size and its time: only its bytes tell."""
     copied = machine.folder / "gateway.py"
@@ -1023,20 +975,6 @@ def test_what_runs_is_the_file_as_it_is(machine: Machine) -> None:
         subprocess.run(command, env=machine.environment(), check=True, timeout=60)
         assert machine.status()["version"] == version
         assert machine.run("stop").status == 0
-
-
-def test_a_full_disk_costs_the_bytecode_and_not_the_start(machine: Machine) -> None:
-    limit = PROGRAM.stat().st_size // 2  # of a file's size: there is room for all but bytecode
-
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    for preexec_fn, kept in ((small_disk, 0), (None, 1)):
-        done = machine.run("start", "--port", "0", preexec_fn=preexec_fn)
-        assert done.status == 0 and done.err == "", done
-        assert len(list((machine.state / "bytecode").iterdir())) == kept
-        assert machine.run("stop").status == 0
-    assert "bytecode_not_saved" in machine.log()
 
 
 # ---- broken paths --------------------------------------------------------------------------------
@@ -1239,7 +1177,6 @@ def test_memory_is_that_of_cached_bytecode(machine: Machine) -> None:
     if memory is None:
         pytest.skip("this system does not tell")
     assert memory < 48 << 20  # 25 MiB measured; 60 where the file was compiled in the process
-    assert len(list((machine.state / "bytecode").rglob("*.pyc"))) == 1
 
 
 def test_a_start_does_not_wait_for_the_file_to_be_compiled(machine: Machine) -> None:
@@ -1274,7 +1211,6 @@ def test_a_key_given_as_a_flag_leaves_the_process_list(
     machine: Machine, words: tuple[str, ...]
 ) -> None:
     key = "sk-in-the-open"
-    machine.warm()
     process = machine.popen("start", *words, "--port=0", "--api-key", key)
     try:
         wait_until(lambda: machine.run("status").status == 0)
@@ -1295,7 +1231,6 @@ def test_a_config_file_with_a_key_and_an_old_log_are_closed_to_others(machine: M
     machine.run("config", "show")
     assert mode(machine.config_file) == 0o644  # there is no secret in it
     machine.config_file.write_text('api_key = "sk-in-the-open"\n')
-    machine.warm()
     machine.state.mkdir(parents=True, mode=0o700, exist_ok=True)
     machine.log_file.touch()
     machine.log_file.chmod(0o644)

@@ -669,10 +669,10 @@ def test_the_page_asks_for_the_key(browser: Browser, locked: Gateway) -> None:
         assert page.evaluate("document.activeElement.id") == "key"
         assert "echo" not in page.text("body")
         page.type("a wrong one")
-        page.wait("document.querySelector('#wrong').innerText.includes('not the key')")
+        page.wait("document.querySelector('#wrong').innerText.includes('not the gateway')")
         page.type(KEY)
         page.wait(SHOWN)
-        assert "answers locally" in page.text("#providers")
+        assert "responds locally" in page.text("#providers")
         assert page.evaluate("document.querySelector('#ask').hidden") is True
         kept = "[location.href, document.cookie, localStorage.length]"
         assert page.evaluate(kept) == [locked.url + "/", "", 0]
@@ -680,7 +680,7 @@ def test_the_page_asks_for_the_key(browser: Browser, locked: Gateway) -> None:
         page.wait(SHOWN)  # after a reload as well
         page.evaluate("document.querySelector('#forget').click()")
         page.wait(asking)
-        assert "answers locally" not in page.evaluate("document.body.textContent")
+        assert "responds locally" not in page.evaluate("document.body.textContent")
         assert page.evaluate("sessionStorage.length") == 0
         assert all(KEY not in r["url"] and "same" not in r["url"] for r in page.requests())
         assert only_asks(page, locked.url)
