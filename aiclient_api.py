@@ -19343,11 +19343,10 @@ def format_cooldown(cooldown: Json) -> str:
 
 
 def print_status(status: Json) -> None:
-    uptime = format_duration(status["uptime_s"])
     memory = status["memory_bytes"]
     tell(
         f"aiclient-api {status['version']}, process {status['pid']}",
-        f"state        {status['state']}, up {uptime}",
+        f"state        {status['state']}, up {format_duration(status['uptime_s'])}",
         f"address      {status['url']}",
         f"connections  {status['connections']}",
         f"in flight    {status['requests_in_flight']}",
@@ -19535,9 +19534,7 @@ AS_JSON = flag("--json", "JSON instead of a table, as in a pipe")
 PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
 NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", action="store_false")
 KEY_ARGUMENT = argument("key", "as config show prints it", metavar="KEY")
-MANAGER_ARGUMENT = argument(
-    "--manager", "default: this machine's", choices=("launchd", "systemd"), default=""
-)
+MANAGER_ARGUMENT = argument("--manager", "default: this machine's", choices=("launchd", "systemd"))
 
 
 Run = Callable[[App], int | None]  # returns the exit status, None for 0
@@ -19898,13 +19895,11 @@ def run_sign_in(
     browser = getattr(app.options, "browser", True)
 
     async def run() -> Result:
-        client = HttpClient(config.network, Ticker())
-        try:
-            return await work(SignInContext(config, app.paths, client, Console(), browser))
-        except ApiError as error:
-            raise ProgramError(error.text()) from None
-        finally:
-            client.close()
+        with contextlib.closing(HttpClient(config.network, Ticker())) as client:
+            try:
+                return await work(SignInContext(config, app.paths, client, Console(), browser))
+            except ApiError as error:
+                raise ProgramError(error.text()) from None
 
     try:
         result = run_in_loop(run())
@@ -20051,9 +20046,8 @@ def cmd_usage(app: App) -> None:
     except NotRunning:
         if options.reset or options.cache or not os.path.exists(path):
             raise
-        store = UsageStore(path)
-        report = {**store.report(query, time.time()), "limits": []}
-        store.close()
+        with contextlib.closing(UsageStore(path)) as store:
+            report = {**store.report(query, time.time()), "limits": []}
     if options.csv:
         print_usage_csv(report)
     else:
@@ -20167,14 +20161,16 @@ def cmd_config_get(app: App) -> None:
 def cmd_config_set(app: App) -> None:
     """Changes one setting, or removes it from the file, keeps everything else in it, applies it."""
     key, value = app.options.key, getattr(app.options, "value", None)
-    needed_key = app.load_config().needs_key
+    needed_key = None
+    with contextlib.suppress(ConfigError):  # which this may correct
+        needed_key = app.load_config().needs_key
     if value == "-":
         value = sys.stdin.readline().rstrip("\r\n")
     if is_secret_setting(key) and value is not None and not value.strip():
         raise WrongUsage(f"{key}: the value is empty; to remove it: config unset {key}")
     change_config(app.paths, app.environ, key, value)
     report_saved(app, key)
-    if app.load_config().needs_key != needed_key:
+    if needed_key not in (None, app.load_config().needs_key):
         need = "no key: there is none" if needed_key else "a key: api_key or one of api_keys"
         tell(f"From now on clients need {need}.")
 
@@ -20298,10 +20294,7 @@ SERVICE_NAME = "aiclient-api"
 
 
 def quote_unit(text: str) -> str:
-    """A value in a systemd unit, where `%`, quotes and backslashes are special.
-
-    Variables are expanded in commands only: see `unit_command`.
-    """
+    """A value in a systemd unit, where `%`, quotes and backslashes are special."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\x{ord(m[0]):02x}", text) + '"'
 
@@ -20794,13 +20787,9 @@ def open_standard_streams() -> None:
     What the terminal has no letters for is shown as escapes.
     """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
         if getattr(sys, name) is None:
-            mode = "w" if fd else "r"
-            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8"))
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", encoding="utf-8"))
     if sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
