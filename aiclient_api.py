@@ -19051,44 +19051,38 @@ def format_duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-def format_number(value: Any) -> str:
-    return "-" if value is None else format_figure(value)
-
-
-def format_credits(value: float) -> str:
-    """With more decimals if small: a request may cost a thousandth of a credit."""
-    if 0 < value < 0.1:
-        return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
-    return format_number(value)
-
-
-def format_ms(value: int | None) -> str:
-    return "-" if value is None else f"{value:,} ms"
-
-
 def format_day(moment: float | None) -> str:
     """In UTC; `-` for none."""
     return iso_day(moment or 0.0) or "-"
 
 
-# Eighths of a character; terminals that cannot show them get `#`.
-BAR_STEPS = (
-    " \N{LEFT ONE EIGHTH BLOCK}\N{LEFT ONE QUARTER BLOCK}\N{LEFT THREE EIGHTHS BLOCK}"
-    "\N{LEFT HALF BLOCK}\N{LEFT FIVE EIGHTHS BLOCK}\N{LEFT THREE QUARTERS BLOCK}"
-    "\N{LEFT SEVEN EIGHTHS BLOCK}\N{FULL BLOCK}"
-)
-BAR_WIDTH = 10
+def format_time_left(moment: float | None) -> str:
+    return "-" if moment is None else format_duration(max(0, moment - time.time()))
+
+
+def format_usage(row: Json, key: str, sources: Collection[str | None]) -> str:
+    """With ~ unless the upstream reported all of it; `-` for credits that nobody counts."""
+    value = row[key]
+    if key == "credits" and not any(sources):
+        return "-"
+    text = format_figure(value)
+    if 0 < value < 0.1:
+        text = f"{value:.4f}" if value >= 0.0001 else "<0.0001"
+    return text if {*sources} <= {"reported", None} else f"~{text}"
+
+
+def format_ratio(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
 def format_bar(share: float) -> str:
-    """BAR_WIDTH characters for 1.0, without padding; never empty unless `share` is 0."""
-    share = min(max(share, 0.0), 1.0)
+    """Ten characters for 1.0, without padding; never empty unless `share` is 0."""
+    bar = "\N{FULL BLOCK}" * math.ceil(10 * min(max(share, 0.0), 1.0))
     try:
-        BAR_STEPS.encode(sys.stdout.encoding or "ascii")
+        bar.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
-        return "#" * math.ceil(share * BAR_WIDTH)
-    full, eighths = divmod(math.ceil(share * BAR_WIDTH * 8), 8)
-    return BAR_STEPS[8] * full + (BAR_STEPS[eighths] if eighths else "")
+        return "#" * len(bar)
+    return bar
 
 
 COLOURS = {"ready": "32", "cooling down": "33", "failing": "31", "not signed in": "33"}
@@ -19104,6 +19098,47 @@ def coloured(text: str) -> str:
 FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
 # Heads of columns, each with the key of its cells or a function that makes them.
 Columns = dict[str, str | Callable[[Json], str]]
+STATUS_COLUMNS: Columns = {
+    "PROVIDER": "name", "TYPE": "type", "HEALTH": "health", "ACCOUNT": "account", "PLAN": "plan",
+    "TOKEN EXPIRES IN": lambda row: format_time_left(row["token_expires_at"]),
+    "COOL-DOWN": lambda row: ", ".join(f"{c['model']} {c['seconds']} s" for c in row["cooldowns"]),
+}  # fmt: skip
+ACCOUNT_COLUMNS: Columns = {
+    "NAME": "name", "TYPE": "type", "KIND": "kind", "USER": "user", "PLAN": "plan",
+    "EXPIRES": lambda row: format_day(row["expires_at"]),
+    "HEALTH": lambda row: row["health"] if row["enabled"] else f"disabled; {row['health']}",
+}  # fmt: skip
+MODEL_COLUMNS: Columns = {
+    "MODEL": "id", "PROVIDER": "provider", "CONTEXT": "context_window", "OUTPUT": "max_tokens",
+}  # fmt: skip
+SETTING_COLUMNS: Columns = {
+    "KEY": "key", "VALUE": lambda row: write_toml(row["value"]), "FROM": "origin",
+}  # fmt: skip
+# Rows of `/v1/usage`, after the columns that they are grouped by.
+REPORT_COLUMNS: Columns = {
+    "REQUESTS": "request_count", "ERRORS": "error_count",
+    "INPUT": lambda row: format_usage(row, "input_tokens", row["token_sources"]),
+    "CACHED": lambda row: format_ratio(row["cache_read_tokens"], row["input_tokens"]),
+    "OUTPUT": lambda row: format_usage(row, "output_tokens", row["token_sources"]),
+    "CREDITS": lambda row: format_usage(row, "credits", row["credit_sources"]),
+    "TIME": "duration_ms", "FIRST BYTE": "first_byte_ms",
+}  # fmt: skip
+RECENT_COLUMNS: Columns = {
+    "WHEN": lambda row: f"{dt.datetime.fromtimestamp(row['at']):%m-%d %H:%M:%S}",
+    "MODEL": lambda row: f"{row['provider']}/{row['model']}", "LABEL": "label",
+    "END": lambda row: row["kind"] or str(row["status"]),
+    "TIME": "duration_ms", "FIRST BYTE": "first_byte_ms",
+    "INPUT": lambda row: format_usage(row, "input_tokens", [row["input_source"]]),
+    "CACHED": "cache_read_tokens",
+    "OUTPUT": lambda row: format_usage(row, "output_tokens", [row["input_source"]]),
+    "CREDITS": lambda row: format_usage(row, "credits", [row["credits_source"]]),
+}  # fmt: skip
+CACHE_COLUMNS: Columns = {
+    "CONVERSATION": "conversation", "MODEL": lambda row: f"{row['provider']}/{row['model']}",
+    "LABEL": "label", "CALLS": "calls",
+    "HITS": lambda row: "-" if row["hit_ratio"] is None else f"{row['hit_ratio']:.0%}",
+    "INPUT": "input_tokens", "CACHED": "cache_read_tokens", "LOST": "lost_tokens",
+}  # fmt: skip
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:
@@ -19121,17 +19156,23 @@ def format_cell(row: Json, column: str | Callable[[Json], str]) -> str:
     if not isinstance(column, str):
         return column(row)
     value = row.get(column)
-    return (value or "-") if isinstance(value, str) else format_number(value)
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,} ms" if column.endswith("_ms") else format_figure(value)
 
 
-def print_table(columns: Columns, rows: list[Json], spare: tuple[str, ...] = ()) -> None:
-    """If it is too wide for the terminal, the columns in `spare` are dropped, in order."""
-    table = [list(columns), *([format_cell(row, c) for c in columns.values()] for row in rows)]
+def print_rows(table: list[list[str]], spare: tuple[str, ...] = ()) -> None:
+    """The first row is the head; if too wide for the terminal, `spare` columns are dropped."""
     for name in spare:
         if max(map(len, table_lines(table))) > shutil.get_terminal_size().columns:
             at = table[0].index(name)
             table = [[*row[:at], *row[at + 1 :]] for row in table]
     print(coloured("\n".join(table_lines(table))))
+
+
+def print_table(columns: Columns, rows: list[Json], spare: tuple[str, ...] = ()) -> None:
+    cells = ([format_cell(row, column) for column in columns.values()] for row in rows)
+    print_rows([list(columns), *cells], spare)
 
 
 def print_ready(status: Json, key_name: str) -> None:
@@ -19140,7 +19181,7 @@ def print_ready(status: Json, key_name: str) -> None:
     tell(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
     for row in status["providers"]:
         reason = f": {row['reason']}" if row["reason"] else ""
-        print(coloured(one_line(f"  provider {row['name']}: {row['health']}")) + one_line(reason))
+        print(coloured(one_line(f"  provider {row['name']}: {row['health']}{reason}")))
     key = " -H 'authorization: Bearer YOUR_KEY'" if status["needs_key"] else ""
     print("Try it:")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
@@ -19154,35 +19195,21 @@ def print_ready(status: Json, key_name: str) -> None:
     sys.stdout.flush()
 
 
-def format_expiry(row: Json) -> str:
-    expires_at = row["token_expires_at"]
-    return "-" if expires_at is None else format_duration(max(0, expires_at - time.time()))
-
-
-STATUS_COLUMNS: Columns = {
-    "PROVIDER": "name", "TYPE": "type", "HEALTH": "health", "ACCOUNT": "account", "PLAN": "plan",
-    "TOKEN EXPIRES IN": format_expiry,
-    "COOL-DOWN": lambda row: ", ".join(f"{c['model']} {c['seconds']} s" for c in row["cooldowns"]),
-}  # fmt: skip
-
-
 def format_cooldown(cooldown: Json) -> str:
     """`gpt-5.4, 55 s: why  Expected to recover in 3 min.`"""
     subject = "all models" if cooldown["model"] == "*" else cooldown["model"]
     how_long = "one request is probing" if cooldown["probing"] else f"{cooldown['seconds']} s"
     recovery = ""
     if cooldown["recovers_at"]:
-        left = format_duration(max(0, cooldown["recovers_at"] - time.time()))
-        recovery = f" Expected to recover in {left}."
+        recovery = f" Expected to recover in {format_time_left(cooldown['recovers_at'])}."
     return f"{subject}, {how_long}: {cooldown['reason']}{recovery}"
 
 
 def print_status(status: Json) -> None:
-    uptime = format_duration(status["uptime_s"])
     memory = status["memory_bytes"]
     tell(
         f"aiclient-api {status['version']}, process {status['pid']}",
-        f"state        {status['state']}, up {uptime}",
+        f"state        {status['state']}, up {format_duration(status['uptime_s'])}",
         f"address      {status['url']}",
         f"connections  {status['connections']}",
         f"in flight    {status['requests_in_flight']}",
@@ -19210,65 +19237,6 @@ def print_status(status: Json) -> None:
         tell(f"warning: {text}")
 
 
-ACCOUNT_COLUMNS: Columns = {
-    "NAME": "name", "TYPE": "type", "KIND": "kind", "USER": "user", "PLAN": "plan",
-    "EXPIRES": lambda row: format_day(row["expires_at"]),
-    "HEALTH": lambda row: row["health"] if row["enabled"] else f"disabled; {row['health']}",
-}  # fmt: skip
-MODEL_COLUMNS: Columns = {
-    "MODEL": "id", "PROVIDER": "provider", "CONTEXT": "context_window", "OUTPUT": "max_tokens",
-}  # fmt: skip
-SETTING_COLUMNS: Columns = {
-    "KEY": "key", "VALUE": lambda row: write_toml(row["value"]), "FROM": "origin",
-}  # fmt: skip
-
-
-def approximate(text: str, *sources: str) -> str:
-    """With ~ unless the upstream reported all of it."""
-    return text if set(sources) <= {"reported"} else f"~{text}"
-
-
-def format_cached(row: Json) -> str:
-    prompt = row["input_tokens"]
-    return f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-"
-
-
-def format_cost(row: Json, *sources: str) -> str:
-    costs = row.get("credits") if sources else None
-    return "-" if costs is None else approximate(format_credits(costs), *sources)
-
-
-# Rows of `/v1/usage`, after the columns that they are grouped by.
-REPORT_COLUMNS: Columns = {
-    "REQUESTS": "request_count",
-    "ERRORS": "error_count",
-    "INPUT": lambda row: approximate(format_number(row["input_tokens"]), *row["token_sources"]),
-    "CACHED": format_cached,
-    "OUTPUT": lambda row: approximate(format_number(row["output_tokens"]), *row["token_sources"]),
-    "CREDITS": lambda row: format_cost(row, *row["credit_sources"]),
-    "TIME": lambda row: format_ms(row["duration_ms"]),
-    "FIRST BYTE": lambda row: format_ms(row["first_byte_ms"]),
-}
-
-
-def format_tokens(row: Json, key: str) -> str:
-    return approximate(format_number(row[key]), row["input_source"] or "reported")
-
-
-RECENT_COLUMNS: Columns = {
-    "WHEN": lambda row: f"{dt.datetime.fromtimestamp(row['at']):%m-%d %H:%M:%S}",
-    "MODEL": lambda row: f"{row['provider']}/{row['model']}",
-    "LABEL": lambda row: row["label"],
-    "END": lambda row: row["kind"] or str(row["status"]),
-    "TIME": lambda row: format_ms(row["duration_ms"]),
-    "FIRST BYTE": lambda row: format_ms(row["first_byte_ms"]),
-    "INPUT": lambda row: format_tokens(row, "input_tokens"),
-    "CACHED": "cache_read_tokens",
-    "OUTPUT": lambda row: format_tokens(row, "output_tokens"),
-    "CREDITS": lambda row: format_cost(row, *filter(None, [row["credits_source"]])),
-}
-
-
 def usage_table(report: Json) -> tuple[list[str], list[Json]]:
     """(names of the group columns, rows) of a report; by model, unless grouped otherwise."""
     if "rows" in report:
@@ -19286,18 +19254,13 @@ def print_usage(report: Json) -> None:
     most = max((row["total_tokens"] for row in rows), default=0)
     if len(rows) > 1:
         rows = [*rows, {**report["total"], names[0]: "total", "total_tokens": 0}]
-
-    def format_group(name: str) -> Callable[[Json], str]:
-        return lambda row: str(row.get(name, ""))
-
-    columns: Columns = {name.upper(): format_group(name) for name in names}
-    columns |= REPORT_COLUMNS
+    columns: Columns = {**{name.upper(): name for name in names}, **REPORT_COLUMNS}
     columns["TOKENS"] = lambda row: format_bar(row["total_tokens"] / most) if most else ""
     print_table(columns, rows, ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED"))
     if report["since"]:
         tell(f"since {format_minute(report['since'])}; ~ is derived or estimated")
     for row in report["limits"]:
-        used, limit = format_number(row["used"]), format_number(row["limit"])
+        used, limit = format_figure(row["used"]), format_figure(row["limit"])
         share = format_bar(row["used"] / row["limit"])
         tell(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
     if "recent" in report:
@@ -19309,35 +19272,19 @@ def print_usage(report: Json) -> None:
 
 def print_usage_csv(report: Json) -> None:
     names, rows = usage_table(report)
-    rows = report.get("recent", rows)
-    if "cache" in report:
-        rows = report["cache"]["conversations"]
-    columns = list(rows[0] if rows else names)
+    rows = report["cache"]["conversations"] if "cache" in report else report.get("recent", rows)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(list(rows[0]) if rows else names)
     for row in rows:
-        cells = (row[name] for name in columns)
-        cells = (dump_text(c) if isinstance(c, dict) else c for c in cells)
-        writer.writerow([one_line(c) if isinstance(c, str) else c for c in cells])
-
-
-CACHE_COLUMNS: Columns = {
-    "CONVERSATION": "conversation",
-    "MODEL": lambda row: f"{row['provider']}/{row['model']}",
-    "LABEL": "label",
-    "CALLS": "calls",
-    "HITS": lambda row: "-" if row["hit_ratio"] is None else f"{row['hit_ratio']:.0%}",
-    "INPUT": "input_tokens",
-    "CACHED": "cache_read_tokens",
-    "LOST": "lost_tokens",
-}
+        cells = (dump_text(cell) if isinstance(cell, dict) else cell for cell in row.values())
+        writer.writerow(one_line(cell) if isinstance(cell, str) else cell for cell in cells)
 
 
 def print_cache(report: Json) -> None:
     print_table(CACHE_COLUMNS, report["cache"]["conversations"])
     for row in report["cache"]["conversations"]:
-        if row["changed"]:
-            changed = row["changed"]
+        changed = row["changed"]
+        if changed:
             times = "once" if changed["times"] == 1 else f"{changed['times']} times"
             tell(f"{row['conversation']}: {changed['block']} changed {times}: {changed['hint']}")
 
@@ -19360,68 +19307,50 @@ def format_remaining(row: Json) -> str:
     """`1,210.4 of 1,500 credits`, as much as is known."""
     unit = f" {row['unit']}" if row["unit"] else ""
     if row["unlimited"]:
-        used = "" if row["used"] is None else f"{format_number(row['used'])}{unit} used, "
+        used = "" if row["used"] is None else f"{format_figure(row['used'])}{unit} used, "
         return f"{used}no limit"
-    if row["remaining"] is None:
-        return "-" if row["limit"] is None else f"? of {format_number(row['limit'])}{unit}"
-    of = "" if row["limit"] is None else f" of {format_number(row['limit'])}"
-    return f"{format_number(row['remaining'])}{of}{unit}"
+    if row["remaining"] is row["limit"] is None:
+        return "-"
+    left = "?" if row["remaining"] is None else format_figure(row["remaining"])
+    of = "" if row["limit"] is None else f" of {format_figure(row['limit'])}"
+    return f"{left}{of}{unit}"
 
 
-QUOTA_COLUMNS: Columns = {
-    "PROVIDER": lambda row: row["provider"], "PLAN": lambda row: row["plan"], "OF": "of",
-    "USED": "used", "LEFT": "left", "RESETS": lambda row: row["resets"],
-}  # fmt: skip
-
-
-def quota_rows(name: str, quota: Json, now: float) -> Iterator[Json]:
+def quota_rows(name: str, quota: Json, now: float) -> Iterator[list[str]]:
     """A row for each allowance and, indented, for each of its parts."""
-    first = {"provider": name, "plan": quota["plan"] or "-"}
+    plan = quota["plan"] or "-"
     for row in quota["allowances"]:
-        yield {
-            **first,
-            "of": row["name"],
-            "used": format_share(row["percent_used"]),
-            "left": format_remaining(row),
-            "resets": format_reset(row["resets_at"], now),
-        }
+        used, left = format_share(row["percent_used"]), format_remaining(row)
+        yield [name, plan, row["name"], used, left, format_reset(row["resets_at"], now)]
         for part in row.get("parts", ()):
-            remaining = format_number(max(0.0, part["limit"] - part["used"]))
-            yield {
-                "provider": "",
-                "plan": "",
-                "of": f"  {part['name']}",
-                "used": format_share(100 * part["used"] / part["limit"] if part["limit"] else None),
-                "left": f"{remaining} of {format_number(part['limit'])}",
-                "resets": format_reset(part["ends_at"], now) if part["ends_at"] else "",
-            }
+            used = format_share(100 * part["used"] / part["limit"] if part["limit"] else None)
+            left = format_figure(max(0.0, part["limit"] - part["used"]))
+            left += f" of {format_figure(part['limit'])}"
+            resets = format_reset(part["ends_at"], now) if part["ends_at"] else ""
+            yield ["", "", f"  {part['name']}", used, left, resets]
     if not quota["allowances"]:
-        yield {**first, "resets": format_reset(quota["resets_at"], now)}
-
-
-def quota_notes(name: str, quota: Json, now: float) -> Iterator[str]:
-    """What the table does not show: overage, and the age of figures after an error."""
-    for row in quota.get("allowances", ()):
-        if row["overage_used"]:
-            yield f"{name}: {row['name']}: {format_number(row['overage_used'])} beyond the limit"
-    if "error" in quota:
-        age = format_duration(now - quota["as_of"]) if "as_of" in quota else ""
-        yield f"{name}: {quota['error']}" + (f"  The figures are {age} old." if age else "")
+        yield [name, plan, "-", "-", "-", format_reset(quota["resets_at"], now)]
 
 
 def print_quota(data: Json) -> None:
+    """A table; below it overage, and the age of figures after an error."""
     now = time.time()
-    quotas = data["providers"].items()
-    rows = [
-        row
-        for name, quota in quotas
-        if "allowances" in quota
-        for row in quota_rows(name, quota, now)
-    ]
-    print_table(QUOTA_COLUMNS, rows)
-    for name, quota in quotas:
-        for note in quota_notes(name, quota, now):
-            tell(note)
+    rows = [["PROVIDER", "PLAN", "OF", "USED", "LEFT", "RESETS"]]
+    notes: list[str] = []
+    for name, quota in data["providers"].items():
+        if "allowances" in quota:
+            rows += quota_rows(name, quota, now)
+        for row in quota.get("allowances", ()):
+            if row["overage_used"]:
+                overage = format_figure(row["overage_used"])
+                notes.append(f"{name}: {row['name']}: {overage} beyond the limit")
+        if "error" in quota:
+            age = format_duration(now - quota["as_of"]) if "as_of" in quota else ""
+            age = f"  The figures are {age} old." if age else ""
+            notes.append(f"{name}: {quota['error']}{age}")
+    print_rows(rows)
+    for note in notes:
+        tell(note)
 
 
 def print_changes(changes: Json) -> None:
@@ -19438,53 +19367,49 @@ class App:
         self.options = options
         self.environ = dict(os.environ)
         self.paths = find_paths(self.environ)
+        self.ask = functools.partial(ask_daemon, self.paths)
 
     def load_config(self, flags: dict[str, str | None] | None = None) -> Config:
         if not logging.getLogger().handlers:
             start_log("warning")
         return load_config(self.paths, self.environ, flags or {})
 
-    def ask(
-        self, method: str, params: Json | None = None, seconds: float = CONTROL_SECONDS
-    ) -> Json:
-        return ask_daemon(self.paths, method, params, seconds)
-
     def show(self, data: Json, printer: Callable[[Json], None]) -> None:
         """A table on a terminal, JSON with --json or in a pipe."""
         if self.options.json or not sys.stdout.isatty():
-            text = json.dumps(data, indent=2, ensure_ascii=False)
-            print(
-                INVISIBLE_CHARACTERS.sub(
-                    lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text
-                )
-            )
+            print(json.dumps(data, indent=2))
         else:
             printer(data)
 
 
-class Argument(NamedTuple):
-    """`settings` are the keyword arguments of `add_argument`."""
-
-    name: str
-    settings: Json
+Argument = tuple[str, Json]  # what `add_argument` takes
 
 
 def argument(name: str, help_text: str, **settings: Any) -> Argument:
-    return Argument(name, {"help": help_text, **settings})
+    return name, {"help": help_text, **settings}
 
 
-def flag(name: str, help_text: str, **settings: Any) -> Argument:
-    return argument(name, help_text, action="store_true", **settings)
+def flag(name: str, help_text: str) -> Argument:
+    return argument(name, help_text, action="store_true")
+
+
+# Of several verbs.
+AS_JSON = flag("--json", "JSON instead of a table, as in a pipe")
+PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
+NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", action="store_false")
+KEY_ARGUMENT = argument("key", "as config show prints it", metavar="KEY")
+MANAGER_ARGUMENT = argument("--manager", "default: this machine's", choices=("launchd", "systemd"))
+
+
+Run = Callable[[App], int | None]  # returns the exit status, None for 0
 
 
 class Verb(NamedTuple):
-    """`run.__doc__` is the description in --help; `example` lacks the program's name."""
-
     words: str
-    run: Callable[[App], int | None]
+    run: Run
     summary: str
     arguments: tuple[Argument, ...]
-    example: str
+    example: str  #: without the program's name
 
 
 GROUPS = {
@@ -19496,19 +19421,14 @@ GROUPS = {
 VERBS: list[Verb] = []
 
 
-def verb(
-    words: str, summary: str, *arguments: Argument, example: str = ""
-) -> Callable[[Callable[[App], int | None]], Callable[[App], int | None]]:
-    """Registers a function as the verb `words`; it returns the exit status, None for 0."""
+def verb(words: str, summary: str, *arguments: Argument, example: str = "") -> Callable[[Run], Run]:
+    """Registers a function as the verb `words`."""
 
-    def register(run: Callable[[App], int | None]) -> Callable[[App], int | None]:
+    def register(run: Run) -> Run:
         VERBS.append(Verb(words, run, summary, arguments, example or words))
         return run
 
     return register
-
-
-AS_JSON = flag("--json", "JSON instead of a table, as in a pipe")
 
 
 # 20.2 start, stop, restart
@@ -19545,11 +19465,8 @@ async def serve(
             return asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop).result()
 
         control = ControlServer(choose_socket_path(paths, daemon.environ), handle)
-        try:
+        with os_error_as(f"{paths.pid_file}: cannot be written"):
             write_pid_file(launch.lock, control.path)
-        except OSError as error:
-            control.close()
-            raise ProgramError(f"{paths.pid_file}: cannot be written: {error.strerror}") from None
     gc.freeze()  # the program itself is no garbage
     gc.set_threshold(GARBAGE_OBJECTS)
     notify_manager(f"READY=1\nMAINPID={os.getpid()}")
@@ -19637,7 +19554,7 @@ def ask_health(url: str, key: str = "") -> bool:
         return False
 
 
-def different_flags(options: argparse.Namespace, config: Config, status: Json) -> list[str]:
+def different_flags(options: argparse.Namespace, config: Config, status: Json) -> str:
     """The flags of `start` by which a running gateway differs from the one asked for."""
     server, url, key = config.server, urllib.parse.urlsplit(status["url"]), options.api_key
     has_key = key and status["needs_key"] and ask_health(status["url"], config.api_key)
@@ -19649,37 +19566,31 @@ def different_flags(options: argparse.Namespace, config: Config, status: Json) -
         "--api-key": key and not has_key,
         "--log-file": log_file and log_file != status["log_file"],
     }
-    return [flag for flag, differs in is_different.items() if differs]
-
-
-def last_lines(path: str, offset: int) -> tuple[str, ...]:
-    """The last lines of a log, from the byte `offset` on."""
-    try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            file.seek(offset)
-            lines = file.read(MIB).decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ()
-    return tuple(f"  {line}" for line in lines[-10:])
+    return ", ".join(flag for flag, differs in is_different.items() if differs)
 
 
 def start_detached(launch: Launch, paths: Paths) -> Json:
-    log = launch.log_file
-    with os_error_as(f"{log}: the log cannot be written"):
-        log_file = start_log("info", log)
+    path = launch.log_file
+    with os_error_as(f"{path}: the log cannot be written"):
+        log_file = start_log("info", path)
     assert log_file is not None
     offset = log_file.size
     status = start_process(launch, log_file.fd, detach=True)
     for fd in launch.descriptors():
         os.close(fd)
-    if status is None or "error" in status:
-        timeout = f"it exited, or timed out after {START_SECONDS:g} s, without a message"
-        reason = status["error"] if status else timeout
-        raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, offset))
-    if not ask_health(status["url"]):
+    if status and "error" not in status:
+        if ask_health(status["url"]):
+            return status
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
-        raise ProgramError(f"{status['url']} does not respond", *last_lines(log, offset))
-    return status
+        problem = f"{status['url']} does not respond"
+    else:
+        timeout = f"it exited, or timed out after {START_SECONDS:g} s, without a message"
+        problem = f"the gateway did not start: {status['error'] if status else timeout}"
+    lines: list[str] = []
+    with contextlib.suppress(ProgramError), open_log(path) as file:
+        file.seek(offset)
+        lines = file.read(MIB).splitlines()[-10:]
+    raise ProgramError(problem, *(f"  {line}" for line in lines))
 
 
 KEY_VARIABLE = "AICLIENT_START_KEY"
@@ -19739,8 +19650,8 @@ def open_bytecode() -> int | None:
     argument("--port", "port to listen on (default 9090; 0 = any free one)"),
     argument(
         "--api-key",
-        "key that clients must send; others on this machine can see it in the process list "
-        "for a moment, and your shell may keep it: prefer AICLIENT_API_KEY or the config file",
+        "key that clients must send; the process list and your shell's history may show it: "
+        "prefer AICLIENT_API_KEY or the config file",
     ),
     argument("--log-file", "log there instead of in the state folder", metavar="FILE"),
     example="start --port 8080",
@@ -19768,9 +19679,8 @@ def cmd_start(app: App) -> None:
         status = await_daemon(paths)
         if status is not None:
             tell(f"aiclient-api is already running: {status['url']} (process {status['pid']})")
-            different = different_flags(options, config, status)
-            if different:
-                names = ", ".join(different)
+            names = different_flags(options, config, status)
+            if names:
                 raise ProgramError(
                     f"the flags were not applied: {names}; first run: {program} stop"
                 )
@@ -19784,14 +19694,15 @@ def cmd_start(app: App) -> None:
     accounts = [row for row in account_rows(config, paths) if row["enabled"]]
     is_first_start = accounts and all(row["health"] == "not signed in" for row in accounts)
     if is_first_start and Console().interactive:
-        run_account_command(app, offer_sign_in, config)
-    key_name = "api_key" if config.api_key else next((f"api_keys.{n}" for n in config.api_keys), "")
+        run_sign_in(app, offer_sign_in, config)
+    key_names = ["api_key"] if config.api_key else [f"api_keys.{name}" for name in config.api_keys]
+    key_name = "" if options.api_key or not key_names else key_names[0]
     if detached:
-        print_ready(start_detached(launch, paths), "" if options.api_key else key_name)
+        print_ready(start_detached(launch, paths), key_name)
         return
 
     def report(status: Json) -> bool:
-        print_ready(status, "" if options.api_key else key_name)
+        print_ready(status, key_name)
         return True
 
     run_in_loop(serve(launch, paths, config, listeners, report))
@@ -19807,11 +19718,9 @@ def cmd_stop(app: App) -> None:
     path = app.paths.pid_file
     if not is_locked(path):
         raise not_running()
-    try:
+    drain_s, in_flight = ServerConfig().drain_seconds, 0
+    with contextlib.suppress(ConfigError):  # a broken configuration must not keep it running
         drain_s = app.load_config().server.drain_seconds
-    except ConfigError:
-        drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
-    in_flight = 0
     try:
         in_flight = app.ask("status")["requests_in_flight"]
     except NotResponding:
@@ -19838,9 +19747,8 @@ def cmd_stop(app: App) -> None:
     print("stopped; requests that had not finished were cut off" if is_late else "stopped")
 
 
-@verb("restart", "restart without dropping requests")
+@verb("restart", "replace the process by a new one without dropping requests")
 def cmd_restart(app: App) -> None:
-    """Replaces the running process by a new one, with the same flags; no request is lost."""
     old = app.ask("status")
     new = app.ask("restart", seconds=START_SECONDS + CONTROL_SECONDS)
     where = f"{new['url']} (process {new['pid']})"
@@ -19849,35 +19757,31 @@ def cmd_restart(app: App) -> None:
         tell(f"process {old['pid']} finishes {count_requests(old['requests_in_flight'])} in flight")
 
 
-@verb("status", "show the gateway and its providers", AS_JSON)
-def cmd_status(app: App) -> None:
-    """Shows the running gateway and its providers."""
-    app.show(app.ask("status"), print_status)
+verb("status", "show the running gateway and its providers", AS_JSON)(
+    lambda app: app.show(app.ask("status"), print_status)
+)
 
 
 # 20.3 accounts
 
 
-def run_account_command(
+def run_sign_in(
     app: App, work: Callable[[SignInContext], Awaitable[Result]], config: Config | None = None
 ) -> Result:
-    """Runs `work` with what a sign-in needs.
+    """Runs `work` with what a sign-in needs, or what ends one.
 
     A running gateway notices a new token file by itself; for a new provider it is reloaded.
     """
-    if config is None:
-        config = app.load_config()
+    config = config or app.load_config()
     old_providers = dict(config.providers)
     browser = getattr(app.options, "browser", True)
 
     async def run() -> Result:
-        client = HttpClient(config.network, Ticker())
-        try:
-            return await work(SignInContext(config, app.paths, client, Console(), browser))
-        except ApiError as error:
-            raise ProgramError(error.text()) from None
-        finally:
-            client.close()
+        with contextlib.closing(HttpClient(config.network, Ticker())) as client:
+            try:
+                return await work(SignInContext(config, app.paths, client, Console(), browser))
+            except ApiError as error:
+                raise ProgramError(error.text()) from None
 
     try:
         result = run_in_loop(run())
@@ -19898,14 +19802,10 @@ def read_secret(prompt: str) -> str:
     return clean_token(text)
 
 
-PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
-NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", action="store_false")
-
-
 @verb(
     "auth copilot",
     "sign in to GitHub Copilot",
-    argument("--github-host", "TENANT.ghe.com (default github.com)", metavar="HOST"),
+    argument("--github-host", "TENANT.ghe.com (default github.com)", metavar="HOST", default=""),
     argument("--name", "of the provider (default copilot)", default="copilot"),
     flag("--token-stdin", "read a GitHub token from standard input"),
     NO_BROWSER,
@@ -19920,15 +19820,15 @@ def cmd_auth_copilot(app: App) -> None:
     options = app.options
     host = parse_github_host(options.github_host) if options.github_host else ""
     token = read_secret("GitHub token: ") if options.token_stdin else ""
-    tell(run_account_command(app, lambda c: sign_in_copilot(c, options.name, host, token)))
+    tell(run_sign_in(app, lambda c: sign_in_copilot(c, options.name, host, token)))
 
 
 @verb(
     "auth kiro",
     "sign in to Kiro",
-    argument("--method", "skips the menu", choices=tuple(KIRO_METHODS)),
-    argument("--start-url", "of an organisation", metavar="URL"),
-    argument("--region", "of the organisation's IAM Identity Center"),
+    argument("--method", "skips the menu", choices=tuple(KIRO_METHODS), default=""),
+    argument("--start-url", "of an organisation", metavar="URL", default=""),
+    argument("--region", "of the organisation's IAM Identity Center", default=""),
     argument("--name", "of the provider (default kiro)", default="kiro"),
     flag("--token-stdin", "read a Kiro API key from standard input"),
     NO_BROWSER,
@@ -19937,33 +19837,22 @@ def cmd_auth_copilot(app: App) -> None:
 def cmd_auth_kiro(app: App) -> None:
     """Signs in to Kiro with an AWS Builder ID, Google, GitHub, an organisation, or an API key."""
     options = app.options
-    is_organisation = options.start_url or options.region
-    if is_organisation and options.method not in (None, "organisation"):
-        raise WrongUsage("--start-url and --region go with --method organisation only")
+    method, organisation = options.method, (options.start_url, options.region)
+    if any(organisation):
+        if method not in ("", "organisation"):
+            raise WrongUsage("--start-url and --region go with --method organisation only")
+        method = "organisation"
     token = read_secret("Kiro API key: ") if options.token_stdin else ""
     if token and not token.startswith("ksk_"):
         raise SignInFailed("that is not a Kiro API key: they begin with ksk_")
-    method = options.method or ("organisation" if is_organisation else "")
-    organisation = (options.start_url or "", options.region or "")
-    tell(
-        run_account_command(
-            app, lambda c: sign_in_kiro(c, options.name, method, *organisation, token)
-        )
-    )
+    tell(run_sign_in(app, lambda c: sign_in_kiro(c, options.name, method, *organisation, token)))
 
 
 @verb(
     "auth import",
     "use a sign-in of another program on this machine",
-    argument(
-        "--from",
-        "only this one",
-        dest="origins",
-        action="append",
-        default=[],
-        choices=tuple(IMPORTS),
-    ),
-    argument("--name", "of the provider; replaces its sign-in"),
+    argument("--from", "only this one", dest="origins", action="append", choices=tuple(IMPORTS)),
+    argument("--name", "of the provider; replaces its sign-in", default=""),
     flag("--yes", "do not ask; replace nothing"),
     example="auth import --from gh",
 )
@@ -19971,36 +19860,36 @@ def cmd_auth_import(app: App) -> None:
     """Uses sign-ins that other programs have on this machine, like the Kiro IDE; asks first."""
     options = app.options
     app.load_config()  # a broken configuration is reported before anything is read
-    logins = find_logins(options.origins)
+    logins = find_logins(options.origins or ())
     if all(login.problem for login in logins):
         raise ProgramError("no sign-in of another program was found:", *map(str, logins))
-    name = options.name or ""
-    messages = run_account_command(app, lambda c: import_logins(c, logins, name, options.yes))
+    messages = run_sign_in(app, lambda c: import_logins(c, logins, options.name, options.yes))
     tell(*(messages or ["Nothing was changed"]))
 
 
-@verb("auth list", "list the sign-ins", AS_JSON)
+@verb("auth list", "list the sign-ins, without their tokens", AS_JSON)
 def cmd_auth_list(app: App) -> None:
-    """Lists the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
-    config = app.load_config()
-    accounts = account_rows(config, app.paths)
+    accounts = account_rows(app.load_config(), app.paths)
     app.show({"accounts": accounts}, lambda data: print_table(ACCOUNT_COLUMNS, data["accounts"]))
 
 
 @verb("auth revoke", "remove a sign-in", PROVIDER_ARGUMENT, example="auth revoke copilot")
 def cmd_auth_revoke(app: App) -> None:
-    """Removes a sign-in from this machine, and says where to end it at the vendor."""
-    tell(run_account_command(app, lambda context: revoke_login(context, app.options.name)))
+    tell(run_sign_in(app, lambda context: revoke_login(context, app.options.name)))
 
 
 # 20.4 verbs that ask the daemon
 
 
-@verb("models", "list the models", AS_JSON, example="models --json")
+@verb("models", "list the models that can be requested", AS_JSON)
 def cmd_models(app: App) -> None:
-    """Lists the models that can be requested."""
     models = app.ask("models", seconds=CONTROL_WORK_SECONDS)
     app.show(models, lambda data: print_table(MODEL_COLUMNS, data["models"]))
+
+
+verb("quota", "show what is left of your plans", AS_JSON)(
+    lambda app: app.show(app.ask("quota", seconds=CONTROL_WORK_SECONDS), print_quota)
+)
 
 
 @verb(
@@ -20039,26 +19928,19 @@ def cmd_usage(app: App) -> None:
     except NotRunning:
         if options.reset or options.cache or not os.path.exists(path):
             raise
-        store = UsageStore(path)
-        report = {**store.report(query, time.time()), "limits": []}
-        store.close()
+        with contextlib.closing(UsageStore(path)) as store:
+            report = {**store.report(query, time.time()), "limits": []}
     if options.csv:
         print_usage_csv(report)
     else:
         app.show(report, print_cache if options.cache else print_usage)
 
 
-@verb("quota", "show what is left of your plans", AS_JSON)
-def cmd_quota(app: App) -> None:
-    """Asks the services what is left of your plans."""
-    app.show(app.ask("quota", seconds=CONTROL_WORK_SECONDS), print_quota)
-
-
 # 20.5 configuration
 
 
 def reload_if_running(app: App) -> Json | None:
-    """As `Daemon.reload`; None if no gateway is running."""
+    """None if no gateway is running."""
     try:
         return app.ask("config.reload")
     except NotRunning:
@@ -20078,10 +19960,9 @@ def report_saved(app: App, key: str = "") -> None:
     """Applies a changed file; reports what changed, and whether something overrides `key`."""
     changes = reload_if_running(app)
     tell(f"saved in {app.paths.config_file}")
-    if changes is None:
-        return
-    print_changes(changes)
-    report_override(app, key)
+    if changes is not None:
+        print_changes(changes)
+        report_override(app, key)
 
 
 def ask_line(question: str, default: str) -> str:
@@ -20090,16 +19971,6 @@ def ask_line(question: str, default: str) -> str:
 
 def confirm(question: str, default: str = "no") -> bool:
     return ask_line(f"{question} (yes, no)", default).lower() in ("y", "yes")
-
-
-def ask_settings() -> dict[str, str]:
-    """Setting -> text, as for `change_setting`."""
-    print("Which service should serve models whose name does not tell?")
-    settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
-    settings["server.port"] = ask_line("Port to listen on", "9090")
-    if confirm("Should programs have to send a key?  Yes generates one"):
-        settings["api_key"] = "sk-local-" + os.urandom(24).hex()
-    return settings
 
 
 @verb(
@@ -20113,12 +19984,18 @@ def cmd_config_init(app: App) -> int:
     path = app.paths.config_file
     if os.path.lexists(path) and not app.options.force:
         raise ProgramError(f"{path} exists; change it with: config set KEY VALUE")
-    interactive = sys.stdin.isatty() and not app.options.yes
-    if not interactive and not app.options.yes:
+    interactive = not app.options.yes
+    if interactive and not sys.stdin.isatty():
         raise WrongUsage("there is no terminal to ask at; --yes writes the defaults")
-    defaults = {"default_provider": "copilot", "server.port": "9090"}
+    settings = {"default_provider": "copilot", "server.port": "9090"}
+    if interactive:
+        print("Which service should serve models whose name does not tell?")
+        settings["default_provider"] = ask_line("copilot, kiro or echo", "copilot")
+        settings["server.port"] = ask_line("Port to listen on", "9090")
+        if confirm("Should programs have to send a key?  Yes generates one"):
+            settings["api_key"] = "sk-local-" + os.urandom(24).hex()
     text = "# aiclient-api; README.md lists every setting.\n"
-    for key, value in (ask_settings() if interactive else defaults).items():
+    for key, value in settings.items():
         text = change_setting(text, path, key, value)
     print(f"\n{path}:\n\n{text}")
     if interactive and not confirm("Write it", "yes"):
@@ -20129,9 +20006,8 @@ def cmd_config_init(app: App) -> int:
     return 0
 
 
-@verb("config show", "show every setting and its origin", AS_JSON)
+@verb("config show", "show every setting and its origin, secrets masked", AS_JSON)
 def cmd_config_show(app: App) -> None:
-    """Shows every setting in effect and where it comes from; secrets are masked."""
     try:
         settings = app.ask("config.show")
     except NotRunning:
@@ -20139,18 +20015,14 @@ def cmd_config_show(app: App) -> None:
     app.show(settings, lambda data: print_table(SETTING_COLUMNS, data["settings"]))
 
 
-KEY_ARGUMENT = argument("key", "as config show prints it", metavar="KEY")
-
-
 @verb(
     "config get",
-    "print one setting",
+    "print one setting of the file and this shell",
     KEY_ARGUMENT,
     flag("--reveal", "also if it is secret"),
     example="config get server.port",
 )
 def cmd_config_get(app: App) -> None:
-    """Prints one setting as the file and the environment of this shell determine it."""
     key, settings = app.options.key, dict(effective_settings(app.load_config()))
     if key not in settings:
         raise WrongUsage(f"{key}: no such setting; {suggest(key, settings)}")
@@ -20158,14 +20030,6 @@ def cmd_config_get(app: App) -> None:
     if is_secret_setting(key) and value and not app.options.reveal:
         value = "(set; --reveal shows it)"
     print(value if isinstance(value, str) else write_toml(value))
-
-
-def needs_key(app: App) -> bool | None:
-    """None if the configuration is unusable, which a change may mend."""
-    try:
-        return app.load_config().needs_key
-    except ConfigError:
-        return None
 
 
 @verb(
@@ -20179,21 +20043,22 @@ def needs_key(app: App) -> bool | None:
 def cmd_config_set(app: App) -> None:
     """Changes one setting, or removes it from the file, keeps everything else in it, applies it."""
     key, value = app.options.key, getattr(app.options, "value", None)
-    needed_key = needs_key(app)
+    needed_key = None
+    with contextlib.suppress(ConfigError):  # which this may correct
+        needed_key = app.load_config().needs_key
     if value == "-":
         value = sys.stdin.readline().rstrip("\r\n")
     if is_secret_setting(key) and value is not None and not value.strip():
         raise WrongUsage(f"{key}: the value is empty; to remove it: config unset {key}")
     change_config(app.paths, app.environ, key, value)
     report_saved(app, key)
-    if needed_key not in (None, needs_key(app)):
+    if needed_key not in (None, app.load_config().needs_key):
         need = "no key: there is none" if needed_key else "a key: api_key or one of api_keys"
         tell(f"From now on clients need {need}.")
 
 
-@verb("config edit", "change the file in your editor")
+@verb("config edit", "edit the file in $VISUAL or $EDITOR, check and apply it")
 def cmd_config_edit(app: App) -> None:
-    """Opens the file in $VISUAL or $EDITOR, then checks and applies it."""
     edit_config(app.paths, lambda text: text)  # creates it
     editor = app.environ.get("VISUAL") or app.environ.get("EDITOR") or "vi"
     try:
@@ -20204,19 +20069,15 @@ def cmd_config_edit(app: App) -> None:
     report_saved(app)
 
 
-@verb("config reload", "read the configuration again", AS_JSON)
-def cmd_config_reload(app: App) -> None:
-    """Makes the running gateway read its configuration again."""
-    app.show(app.ask("config.reload"), print_changes)
+verb("config reload", "make the gateway read its configuration again", AS_JSON)(
+    lambda app: app.show(app.ask("config.reload"), print_changes)
+)
 
 
 @verb("provider enable", "use a provider", PROVIDER_ARGUMENT, example="provider enable kiro")
 @verb("provider disable", "do not use it", PROVIDER_ARGUMENT, example="provider disable kiro")
 def cmd_provider_switch(app: App) -> None:
-    """Enables or disables a provider, now and from now on; `enable` also ends its cool-downs.
-
-    Requests in flight finish.
-    """
+    """Enables or disables a provider for good; `enable` also ends its cool-downs."""
     name, names, method = app.options.name, app.load_config().providers, app.options.verb
     if name not in names:
         raise no_provider(name, names)
@@ -20231,9 +20092,8 @@ def cmd_provider_switch(app: App) -> None:
     tell(f"{name} is {state} (providers.{name}.enabled = {enabled})")
 
 
-@verb("provider list", "list them all", AS_JSON)
+@verb("provider list", "list all, with or without a sign-in", AS_JSON)
 def cmd_provider_list(app: App) -> None:
-    """Lists the providers of the configuration, also those without a sign-in."""
     config = app.load_config()
     rows = {row["name"]: row for row in account_rows(config, app.paths)}
     for name, entry in config.providers.items():
@@ -20247,10 +20107,10 @@ def cmd_provider_list(app: App) -> None:
 def cmd_provider_remove(app: App) -> None:
     """Removes a provider from the configuration, with its limits and its sign-in."""
     name, config, path = app.options.name, app.load_config(), app.paths.config_file
-    own = config.providers.keys() - PROVIDER_CONFIGS.keys()
-    if name not in own:
-        hint = f"{name} is built in; see: provider disable" if name in PROVIDER_CONFIGS else ""
-        raise WrongUsage(hint) if hint else no_provider(name, sorted(own))
+    if name in PROVIDER_CONFIGS:
+        raise WrongUsage(f"{name} is built in; see: provider disable")
+    if name not in config.providers:
+        raise no_provider(name, sorted(config.providers.keys() - PROVIDER_CONFIGS.keys()))
 
     def edit(text: str) -> str:
         if name in config.limits.providers:
@@ -20260,21 +20120,10 @@ def cmd_provider_remove(app: App) -> None:
     edit_config(app.paths, edit, app.environ)
     report_saved(app)
     if os.path.lexists(app.paths.token_file(name)):
-        tell(run_account_command(app, lambda context: revoke_login(context, name)))
+        tell(run_sign_in(app, lambda context: revoke_login(context, name)))
 
 
 # 20.6 the log
-
-
-def find_log(app: App) -> str:
-    """The file that the gateway logs to; raises ProgramError if it has none."""
-    try:
-        path = app.ask("status").get("log_file")
-    except ProgramError:
-        return app.paths.log_file
-    if path is None:
-        raise ProgramError("the gateway logs to its terminal, or to the journal of its service")
-    return str(path)
 
 
 def follow_log(file: TextIO, path: str, level: str) -> None:
@@ -20282,7 +20131,10 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
     log_filter = LogFilter(level)
     tail = ""
     while True:
-        is_moved = not is_open_at(file, path)
+        try:
+            is_moved = not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except FileNotFoundError:
+            is_moved = True
         piece = tail + file.read()  # after the check: all that the moved file will ever hold
         *lines, tail = piece.split("\n")
         for line in filter(log_filter.takes, lines):
@@ -20297,29 +20149,20 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def is_open_at(file: TextIO, path: str) -> bool:
-    """False once the open file has been rotated away from `path`."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 @verb(
     "logs",
-    "show the log",
-    argument(
-        "-n --lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
-    ),
-    argument(
-        "--level", "of this level or above", type=log_level, choices=LOG_LEVELS, default="debug"
-    ),
+    "show the last lines of the log",
+    argument("-n --lines", f"default {DEFAULT_LOG_LINES}", type=int, default=DEFAULT_LOG_LINES),
+    argument("--level", "this or above", type=log_level, choices=LOG_LEVELS, default="debug"),
     flag("-f --follow", "keep printing new lines, until Ctrl-C"),
     example="logs --level warning --follow",
 )
 def cmd_logs(app: App) -> None:
-    """Shows the last lines of the log."""
-    options, path = app.options, find_log(app)
+    options, path = app.options, app.paths.log_file
+    with contextlib.suppress(ProgramError):
+        path = app.ask("status")["log_file"]
+    if path is None:
+        raise ProgramError("the gateway logs to its terminal, or to the journal of its service")
     file = open_log(path)
     for line in read_log_tail(file, path, options.lines, options.level):
         tell(line)
@@ -20333,10 +20176,7 @@ SERVICE_NAME = "aiclient-api"
 
 
 def quote_unit(text: str) -> str:
-    """A value in a systemd unit, where `%`, quotes and backslashes are special.
-
-    Variables are expanded in commands only: see `unit_command`.
-    """
+    """A value in a systemd unit, where `%`, quotes and backslashes are special."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\x{ord(m[0]):02x}", text) + '"'
 
@@ -20398,32 +20238,23 @@ class ServiceManager(NamedTuple):
     text: str
     install: list[list[str]]
     remove: list[list[str]]
-    #: printed after an installation
-    hint: str
+    hint: str  #: printed after an installation
 
 
 def find_manager(app: App) -> ServiceManager:
     if (app.options.manager or sys.platform) in ("launchd", "darwin"):
-        home = os.path.expanduser("~")
-        path = os.path.join(home, "Library", "LaunchAgents", f"{SERVICE_NAME}.plist")
+        path = os.path.expanduser(f"~/Library/LaunchAgents/{SERVICE_NAME}.plist")
+        text = launchd_agent(app.environ, app.paths.log_file)
         domain = f"gui/{os.getuid()}"
-        return ServiceManager(
-            path,
-            launchd_agent(app.environ, app.paths.log_file),
-            [["launchctl", "bootstrap", domain, path]],
-            [["launchctl", "bootout", f"{domain}/{SERVICE_NAME}"]],
-            "It starts whenever you log in.",
-        )
-    unit = f"{SERVICE_NAME}.service"
-    folder = os.path.dirname(app.paths.config_dir)
-    control = ["systemctl", "--user"]
-    return ServiceManager(
-        os.path.join(folder, "systemd", "user", unit),
-        systemd_unit(app.environ),
-        [[*control, "daemon-reload"], [*control, "enable", "--now", unit]],
-        [[*control, "disable", "--now", unit]],
-        "So that it starts before you log in: loginctl enable-linger",
-    )
+        install = [["launchctl", "bootstrap", domain, path]]
+        remove = [["launchctl", "bootout", f"{domain}/{SERVICE_NAME}"]]
+        return ServiceManager(path, text, install, remove, "It starts whenever you log in.")
+    control, unit = ("systemctl", "--user"), f"{SERVICE_NAME}.service"
+    path = os.path.join(os.path.dirname(app.paths.config_dir), "systemd", "user", unit)
+    install = [[*control, "daemon-reload"], [*control, "enable", "--now", unit]]
+    remove = [[*control, "disable", "--now", unit]]
+    hint = "So that it starts before you log in: loginctl enable-linger"
+    return ServiceManager(path, systemd_unit(app.environ), install, remove, hint)
 
 
 def run_manager(commands: list[list[str]]) -> None:
@@ -20436,33 +20267,23 @@ def run_manager(commands: list[list[str]]) -> None:
             raise ProgramError(f"{' '.join(command)} failed: {reason or result.returncode}")
 
 
-MANAGER_ARGUMENT = argument(
-    "--manager",
-    "systemd or launchd (default: this machine's)",
-    choices=("launchd", "systemd"),
-    default="",
-)
-
-
-@verb("service install", "install and start it", MANAGER_ARGUMENT)
+@verb("service install", "make it run at login, and start it", MANAGER_ARGUMENT)
 def cmd_service_install(app: App) -> None:
-    """Makes the gateway run at login, as a service of this user, and starts it."""
     manager = find_manager(app)
     if is_locked(app.paths.pid_file):
         raise ProgramError("aiclient-api is already running; run `aiclient-api stop` first")
     if shutil.which(manager.install[0][0]) is None:
         raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
     with os_error_as(f"{manager.path}: cannot be written"):
-        path = os.path.realpath(manager.path)  # a symlink, as people keep such files elsewhere
+        path = os.path.realpath(manager.path)  # people link to where they keep such files
         os.makedirs(os.path.dirname(path), exist_ok=True)
         replace_file(path, os.fsencode(manager.text))
     run_manager(manager.install)
     tell(f"installed {manager.path}", manager.hint)
 
 
-@verb("service uninstall", "stop and remove it", MANAGER_ARGUMENT)
+@verb("service uninstall", "stop it and remove its file", MANAGER_ARGUMENT)
 def cmd_service_uninstall(app: App) -> None:
-    """Stops the service and removes its file."""
     manager = find_manager(app)
     if not os.path.lexists(manager.path):
         raise ProgramError(f"{manager.path} does not exist: nothing is installed")
@@ -20472,9 +20293,8 @@ def cmd_service_uninstall(app: App) -> None:
     tell(f"removed {manager.path}")
 
 
-@verb("service print", "print its file", MANAGER_ARGUMENT)
+@verb("service print", "print its file, and where it would go", MANAGER_ARGUMENT)
 def cmd_service_print(app: App) -> None:
-    """Prints the service file, and on standard error where it would go."""
     manager = find_manager(app)
     print(f"# {one_line(manager.path)}", file=sys.stderr)
     print(manager.text, end="")
@@ -20499,65 +20319,54 @@ complete -o default -F _aiclient_api aiclient-api
 """
 
 
-def completion_words() -> Iterator[tuple[str, str, str]]:
-    """(path of the verb, word that may follow it, help) for every verb and flag."""
-    yield "", "--version", "show the version"
-    for group, help_text in GROUPS.items():
-        yield "", group, help_text
+def completion_words() -> dict[str, dict[str, str]]:
+    """The path of a verb, like `config/set/` -> the words that may follow it -> their help."""
+    words = {"": {"--version": "show the version", **GROUPS}}
     for item in VERBS:
         group, _, name = item.words.rpartition(" ")
         path = f"{group}/" if group else ""
-        yield path, name, item.summary
-        yield f"{path}{name}/", "--help", "explain it"
+        words.setdefault(path, {})[name] = item.summary
+        options = words[f"{path}{name}/"] = {"--help": "explain it"}
         for names, settings in item.arguments:
             if "--" in names:
-                yield f"{path}{name}/", names.split()[-1], settings["help"]
+                options[names.split()[-1]] = settings["help"]
+    return words
 
 
-def write_bash(words: list[tuple[str, str, str]]) -> str:
-    paths = list(dict.fromkeys(path for path, _, _ in words))
-    groups = " ".join(path.rstrip("/") for path in paths if path)
-    cases = [
-        f'        "{path}") local words="{" ".join(w for p, w, _ in words if p == path)}" ;;'
-        for path in paths
-    ]
+def write_bash(words: dict[str, dict[str, str]]) -> str:
+    groups = " ".join(path.rstrip("/") for path in words if path)
+    cases = [f'        "{path}") local words="{" ".join(words[path])}" ;;' for path in words]
     return BASH_COMPLETION.replace("@GROUPS@", groups).replace("@CASES@", "\n".join(cases))
 
 
-def write_zsh(words: list[tuple[str, str, str]]) -> str:
-    return "autoload -U +X compinit bashcompinit\ncompinit\nbashcompinit\n" + write_bash(words)
-
-
-def write_fish(words: list[tuple[str, str, str]]) -> str:
-    top = " ".join(word for path, word, _ in words if not path and not word.startswith("-"))
+def write_fish(words: dict[str, dict[str, str]]) -> str:
     lines = ["complete -c aiclient-api -f"]
-    for path, word, help_text in words:
-        steps = path.split("/")[:-1]
-        when = [f"__fish_seen_subcommand_from {step}" for step in steps]
-        when = when or [f"not __fish_seen_subcommand_from {top}"]
-        name = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
-        help_text = help_text.replace("'", "\\'").replace("%%", "%")
-        lines.append(f"complete -c aiclient-api -n '{'; and '.join(when)}' {name} -d '{help_text}'")
+    for path, choices in words.items():
+        steps = [f"__fish_seen_subcommand_from {step}" for step in path.split("/")[:-1]]
+        condition = "; and ".join(steps) or "__fish_use_subcommand"
+        for word, text in choices.items():
+            name = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
+            text = text.replace("'", "\\'")
+            lines.append(f"complete -c aiclient-api -n '{condition}' {name} -d '{text}'")
     return "\n".join(lines) + "\n"
-
-
-COMPLETIONS = {"bash": write_bash, "fish": write_fish, "zsh": write_zsh}
 
 
 @verb(
     "completion",
-    "print the completion of a shell",
-    argument("shell", "bash, fish or zsh", choices=sorted(COMPLETIONS)),
+    "print a shell's completion of verbs and flags",
+    argument("shell", "bash, fish or zsh", choices=("bash", "fish", "zsh")),
     example="completion bash > ~/.local/share/bash-completion/completions/aiclient-api",
 )
 def cmd_completion(app: App) -> None:
-    """Prints a shell's completion of these verbs and flags."""
-    print(COMPLETIONS[app.options.shell](list(completion_words())), end="")
+    words = completion_words()
+    if app.options.shell == "zsh":
+        print("autoload -U +X compinit bashcompinit\ncompinit\nbashcompinit")
+    print(write_fish(words) if app.options.shell == "fish" else write_bash(words), end="")
 
 
 # 20.9 doctor
 
-Findings = AsyncIterator[tuple[str, ...]]  # of a check: state, text and maybe a hint
+Finding = tuple[str, str, str]  # state: ok, note or fault; text; hint: what to do or to type
 
 
 class DatedClient(HttpClient):
@@ -20576,82 +20385,45 @@ class DatedClient(HttpClient):
         return response
 
 
-class Examination:
-    """What the checks of `doctor` look at, with the defaults if the configuration is unusable."""
-
-    def __init__(self, app: App) -> None:
-        self.paths, self.config = app.paths, Config()
-        self.command = f"type: {program_command()}"
-        self.status: Json = {}  #: of a running gateway
-        self.client: DatedClient | None = None
-        self.accounts: list[AccountProvider[Any]] = []
-        self.config_problem = self.gateway_problem = ""
-        try:
-            self.config = app.load_config()
-            self.client = DatedClient(self.config.network, Ticker())
-            providers = make_providers(self.config, app.paths, self.client, {}).values()
-            self.accounts = [row for row in providers if isinstance(row, AccountProvider)]
-        except ProgramError as error:
-            self.config_problem = str(error)
-        try:
-            self.status = app.ask("status", seconds=DOCTOR_SECONDS / 3)
-        except NotRunning:
-            pass
-        except ProgramError as error:
-            self.gateway_problem = str(error)
-
-
-async def check_program(case: Examination) -> Findings:
-    yield "ok", f"{__version__}, Python {sys.version.split()[0]}, {system_tag()}"
+def check_program() -> Iterator[Finding]:
+    yield "ok", f"{__version__}, Python {sys.version.split()[0]}, {system_tag()}", ""
     oldest, now = min(BUILT_IN_FACTS.values()), time.gmtime()
     months = (now.tm_year - int(oldest[:4])) * 12 + now.tm_mon - int(oldest[5:])
-    text = f"what is built in about models and versions is {months} months old"
-    yield ("note", text, "update this program") if months > MAX_FACTS_MONTHS else ("ok", text)
+    state, hint = ("note", "update this program") if months > MAX_FACTS_MONTHS else ("ok", "")
+    yield state, f"what is built in about models and versions is {months} months old", hint
 
 
-async def check_folders(case: Examination) -> Findings:
-    for folder in (case.paths.config_dir, case.paths.state_dir):
+def check_folders(paths: Paths) -> Iterator[Finding]:
+    for folder in (paths.config_dir, paths.state_dir):
         try:
             check_folder(folder)
             text = f"{folder}: mode {os.stat(folder).st_mode & 0o7777:04o}"
             is_writable = os.access(folder, os.W_OK)
-            yield ("ok", text) if is_writable else ("note", f"{text}, not writable")
+            yield ("ok", text, "") if is_writable else ("note", f"{text}, not writable", "")
         except FileNotFoundError:
-            yield "ok", f"{folder}: will be created"
+            yield "ok", f"{folder}: will be created", ""
         except OSError as error:
             reason, _, hint = str(error.strerror).partition("; ")
             yield "fault", f"{folder}: {reason}", hint or "correct its owner or its mode"
 
 
-async def check_settings(case: Examination) -> Findings:
-    if case.config_problem:
-        yield "fault", case.config_problem, "correct it: README.md lists every setting"
-    else:
-        yield "ok", f"{case.paths.config_file}, {len(case.config.origins)} settings"
-    # Never their values, which may contain a password.
-    names = [name for name in (*PROXY_VARIABLES, "no_proxy", "NO_PROXY") if os.environ.get(name)]
-    names = ["network.proxy"] if case.config.network.proxy else names
-    yield "ok", f"proxy: {', '.join(names) or 'none'}"
+def check_port(server: ServerConfig) -> Finding:
+    try:
+        for listener in open_listeners(server.host, server.port):
+            listener.close()
+    except OSError as error:
+        text = f"port {server.port} cannot be used: {error.strerror}"
+        return "fault", text, f"type: {program_command()} config set server.port PORT"
+    text = f"not running; port {server.port} is free"
+    return "note", text, f"type: {program_command()} start"
 
 
-async def check_gateway(case: Examination) -> Findings:
-    server, status = case.config.server, case.status
-    if case.gateway_problem:
-        yield "fault", case.gateway_problem, f"{case.command} stop"
-    elif not status:
-        try:
-            for listener in open_listeners(server.host, server.port):
-                listener.close()
-            yield "note", f"not running; port {server.port} is free", f"{case.command} start"
-        except OSError as error:
-            text = f"port {server.port} cannot be used: {error.strerror}"
-            yield "fault", text, f"{case.command} config set server.port PORT"
-    elif not await asyncio.to_thread(ask_health, status["url"]):
-        yield "fault", f"{status['url']} does not respond", f"{case.command} restart"
-    else:
-        is_same = status["version"] == __version__
-        text = f"{status['version']} is {status['state']} at {status['url']}"
-        yield ("ok", text) if is_same else ("note", text, f"{case.command} restart")
+def check_gateway(status: Json) -> Finding:
+    hint = f"type: {program_command()} restart"
+    if not ask_health(status["url"]):
+        return "fault", f"{status['url']} does not respond", hint
+    text = f"{status['version']} is {status['state']} at {status['url']}"
+    return ("ok", text, "") if status["version"] == __version__ else ("note", text, hint)
 
 
 def upstream_urls(provider: AccountProvider[Any]) -> list[str]:
@@ -20667,53 +20439,45 @@ def upstream_urls(provider: AccountProvider[Any]) -> list[str]:
     return urls if token.kind == "api_key" else [*urls, kiro_refresh(token, config)[0]]
 
 
-async def limited(subject: str, work: Awaitable[tuple[str, ...]]) -> tuple[str, ...]:
-    try:
-        return await asyncio.wait_for(work, DOCTOR_SECONDS)
-    except TimeoutError:
-        text = f"{subject}: no response within {DOCTOR_SECONDS:g} s"
-        return "fault", text, "check the network, or set network.proxy"
-
-
-async def check_hosts(case: Examination) -> Findings:
-    urls = [url for provider in case.accounts for url in upstream_urls(provider)]
-    origins = dict.fromkeys(case.client.plan(url)[0] for url in urls) if case.client else ()
-    rows = (limited(origin.host, check_host(case.client, origin)) for origin in origins)
-    for row in await asyncio.gather(*rows):
-        yield row
-
-
-async def check_host(client: Any, origin: Origin) -> tuple[str, ...]:
+async def check_host(client: HttpClient, origin: Origin) -> str:
     started_at = time.monotonic()
+    (await client.connect(origin)).transport.abort()
+    return f"connected in {(time.monotonic() - started_at) * 1000:.0f} ms"
+
+
+async def check_account(provider: AccountProvider[Any]) -> str:
+    with advising(provider):
+        models, quota = await provider.models(), await provider.quota()
+    return f"plan {(quota and quota.plan) or 'unknown'}, {len(models)} models"
+
+
+async def check(subject: str, work: Awaitable[str], failure: str = "fault") -> Finding:
+    """What `work` returns is well; `failure` is the state if it fails."""
     try:
-        (await client.connect(origin)).transport.abort()
-    except Unreachable as error:
-        return "fault", error.message, error.hint or "check the network, or set network.proxy"
-    return "ok", f"{origin.host}: connected in {(time.monotonic() - started_at) * 1000:.0f} ms"
-
-
-async def check_accounts(case: Examination) -> Findings:
-    """Without a sign-in at all, that is a fault."""
-    is_any = any(file_identity(provider.account.file.path) for provider in case.accounts)
-    rows = (limited(p.name, check_account(p, is_any)) for p in case.accounts)
-    for row in await asyncio.gather(*rows):
-        yield row
-    if case.client and abs(case.client.skew_s) > MAX_SKEW_SECONDS:
-        text = f"this machine's clock is {case.client.skew_s:+.0f} s from that of a service"
-        yield "fault", text, "set the clock: the lifetime of tokens depends on it"
-
-
-async def check_account(provider: AccountProvider[Any], is_any: bool) -> tuple[str, ...]:
-    try:
-        with advising(provider):
-            models, quota = await provider.models(), await provider.quota()
+        return "ok", f"{subject}: {await asyncio.wait_for(work, DOCTOR_SECONDS)}", ""
+    except TimeoutError:
+        message, hint = f"no response within {DOCTOR_SECONDS:g} s", ""
     except ApiError as error:
-        is_unused = is_any and not file_identity(provider.account.file.path)
-        hint = error.hint or "see `hosts`, or try again later"
-        return "note" if is_unused else "fault", f"{provider.name}: {error.message}", hint
-    plan: Json = quota.as_json() if quota else {"plan": "", "allowances": []}
-    left = "".join(f", {row['name']} {format_remaining(row)}" for row in plan["allowances"])
-    return "ok", f"{provider.name}: plan {plan['plan'] or 'unknown'}, {len(models)} models{left}"
+        message, hint = error.message, error.hint
+    return failure, f"{subject}: {message}", hint or "check the network, or set network.proxy"
+
+
+async def check_network(
+    client: DatedClient, accounts: list[AccountProvider[Any]]
+) -> tuple[list[Finding], list[Finding]]:
+    """Hosts and accounts, all at once.  To have no sign-in is a fault only if none has any."""
+    urls = [url for provider in accounts for url in upstream_urls(provider)]
+    origins = dict.fromkeys(client.plan(url)[0] for url in urls)
+    work = [check(origin.host, check_host(client, origin)) for origin in origins]
+    unused = [p for p in accounts if not file_identity(p.account.file.path)]
+    for provider in accounts:
+        failure = "note" if provider in unused and unused != accounts else "fault"
+        work.append(check(provider.name, check_account(provider), failure))
+    found = await asyncio.gather(*work)
+    if abs(client.skew_s) > MAX_SKEW_SECONDS:
+        text = f"this machine's clock is {client.skew_s:+.0f} s from that of a service"
+        found.append(("fault", text, "set the clock: the lifetime of tokens depends on it"))
+    return found[: len(origins)], found[len(origins) :]
 
 
 # Where clients name their server; see `login_paths`.
@@ -20726,8 +20490,7 @@ CLIENTS = {
 LOOPBACK_PORT = re.compile(r"https?://(?:localhost|127\.[\d.]+|\[::1\]):(\d{1,5})", re.IGNORECASE)
 
 
-async def check_clients(case: Examination) -> Findings:
-    port = split_url(case.status["url"])[2] if case.status else case.config.server.port
+def check_clients(port: int) -> Iterator[Finding]:
     for pattern, client in CLIENTS.items():
         for text in login_paths(pattern):
             where = pattern if "://" in text else text
@@ -20735,24 +20498,10 @@ async def check_clients(case: Examination) -> Findings:
                 text = file.read(MIB)
             ports = set(map(int, LOOPBACK_PORT.findall(text)))
             if port in ports:
-                yield "ok", f"{client} points here: {where}"
+                yield "ok", f"{client} points here: {where}", ""
             elif ports:
                 hint = f"the gateway's port is {port}"
                 yield "note", f"{client} points to port {min(ports)}: {where}", hint
-
-
-CHECKS: dict[str, Callable[[Examination], Findings]] = {
-    "program": check_program, "folders": check_folders, "settings": check_settings,
-    "gateway": check_gateway, "hosts": check_hosts, "accounts": check_accounts,
-    "clients": check_clients,
-}  # fmt: skip
-
-
-async def run_check(name: str, case: Examination) -> list[Json]:
-    found = [row async for row in CHECKS[name](case)]
-    users = [provider.account.file.user for provider in case.accounts]
-    texts = ([anonymous(text, users) for text in (*row, "")] for row in found)
-    return [{"check": name, "state": row[0], "text": row[1], "hint": row[2]} for row in texts]
 
 
 def anonymous(text: str, users: list[str]) -> str:
@@ -20761,8 +20510,9 @@ def anonymous(text: str, users: list[str]) -> str:
     text = redact(text, MAX_ERROR_TEXT).replace(home or "~", "~")
     text = re.sub(r"/(?:home|Users)/[^/\s]+", "~", text)
     text = re.sub(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}", "(e-mail)", text)
-    names = "|".join(map(re.escape, filter(None, users)))
-    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", "(user)", text) if names else text
+    for user in filter(None, users):
+        text = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "(user)", text)
+    return text
 
 
 def print_findings(report: Json) -> None:
@@ -20779,34 +20529,64 @@ def cmd_doctor(app: App) -> int:
     """
 
     async def run() -> int:
-        case = Examination(app)
-        groups = await asyncio.gather(*(run_check(name, case) for name in CHECKS))
-        checks = [row for group in groups for row in group]
+        config, accounts = Config(), list[AccountProvider[Any]]()
+        found: dict[str, Iterable[Finding]] = {
+            "program": check_program(), "folders": check_folders(app.paths),
+            "settings": [], "gateway": [], "hosts": [], "accounts": [],
+        }  # fmt: skip
+        try:
+            config = app.load_config()
+            client = DatedClient(config.network, Ticker())
+            providers = make_providers(config, app.paths, client, {}).values()
+            accounts = [row for row in providers if isinstance(row, AccountProvider)]
+            start_log("error")
+            found["hosts"], found["accounts"] = await check_network(client, accounts)
+            settings = "ok", f"{app.paths.config_file}, {len(config.origins)} settings", ""
+        except ProgramError as error:
+            settings = "fault", str(error), "correct it: README.md lists every setting"
+        # Never their values, which may contain a password.
+        names = filter(os.environ.get, (*PROXY_VARIABLES, "no_proxy", "NO_PROXY"))
+        proxy = "network.proxy" if config.network.proxy else ", ".join(names)
+        found["settings"] = [settings, ("ok", f"proxy: {proxy or 'none'}", "")]
+        port = config.server.port
+        try:
+            status = app.ask("status", seconds=DOCTOR_SECONDS / 3)
+            port = split_url(status["url"])[2]
+            found["gateway"] = [check_gateway(status)]
+        except NotRunning:
+            found["gateway"] = [check_port(config.server)]
+        except ProgramError as error:
+            found["gateway"] = [("fault", str(error), f"type: {program_command()} stop")]
+        found["clients"] = check_clients(port)
+        users = [provider.account.file.user for provider in accounts]
+        checks = []
+        for name, findings in found.items():
+            for state, *texts in findings:
+                text, hint = (anonymous(text, users) for text in texts)
+                checks.append({"check": name, "state": state, "text": text, "hint": hint})
         is_healthy = all(row["state"] != "fault" for row in checks)
         app.show({"healthy": is_healthy, "checks": checks}, print_findings)
         sys.stdout.flush()
-        closing = (provider.wait_closed() for provider in case.accounts)
+        closing = (provider.wait_closed() for provider in accounts)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*closing), DOCTOR_SECONDS / 4)
         os._exit(not is_healthy)  # a name lookup that hangs would delay the end
 
-    start_log("error")
     return run_in_loop(run())
 
 
 # 20.10 the program
 
 
-def version_text() -> str:
-    """Version, Python, path, and the file's own SHA-256: a copied file can be checked."""
+def print_version() -> None:
+    """Also the path and the file's own SHA-256: a copied file can be checked."""
     digest = hashlib.sha256(read_program()).hexdigest()
-    python = sys.version.split()[0]
-    return f"aiclient-api {__version__}\nPython {python}\n{program_file()}\nsha256 {digest}"
+    python = f"Python {sys.version.split()[0]}"
+    tell(f"aiclient-api {__version__}", python, program_file(), f"sha256 {digest}")
 
 
 @verb("help", "explain a verb", argument("verb", "VERB, or all", nargs="*"), example="help start")
 def cmd_help(app: App) -> None:
-    """Explains a verb, or lists all of them."""
     make_parser().parse_args([*app.options.verb, "--help"])
 
 
@@ -20816,13 +20596,6 @@ SYNONYMS = {
     "run": "start", "up": "start", "down": "stop", "ls": "models", "ps": "status",
     "version": "--version",
 }  # fmt: skip
-
-
-def suggest_verb(word: str, group: str, choices: Iterable[str]) -> str:
-    """`group` is the first word of a verb whose second is wanted, or ""."""
-    elsewhere = [item.words for item in VERBS if item.words.endswith(f" {word}")]
-    known = "" if group else SYNONYMS.get(word) or " or ".join(elsewhere)
-    return f"did you mean {known}?" if known else suggest(word, choices)
 
 
 def parser_class() -> type[argparse.ArgumentParser]:
@@ -20847,12 +20620,14 @@ def parser_class() -> type[argparse.ArgumentParser]:
         def _check_value(self, action: argparse.Action, value: Any) -> None:
             if action.choices is None or value in action.choices:
                 return
-            if action.dest == "verb":
-                hint = suggest_verb(value, self.prog.partition(" ")[2], action.choices)
-                self.error(f"{value}: no such verb; {hint}")
-            raise argparse.ArgumentError(
-                action, f"invalid choice: {value!r}; {suggest(str(value), action.choices)}"
-            )
+            hint = suggest(str(value), action.choices)
+            if action.dest != "verb":
+                raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
+            if " " not in self.prog:  # not the second word of a verb
+                elsewhere = [item.words for item in VERBS if item.words.endswith(f" {value}")]
+                known = SYNONYMS.get(value) or " or ".join(elsewhere)
+                hint = f"did you mean {known}?" if known else hint
+            self.error(f"{value}: no such verb; {hint}")
 
         def error(self, message: str) -> Any:
             self.color = False  # of Python 3.14
@@ -20878,8 +20653,9 @@ def make_parser() -> argparse.ArgumentParser:
             owner.set_defaults(help_of=owner)
             groups[group] = owner.add_subparsers(metavar="VERB", dest="verb")
         epilog = f"example: {program_command()} {item.example}"
+        description = item.run.__doc__ or f"{item.summary[0].upper()}{item.summary[1:]}."
         subparser = groups.get(group, verbs).add_parser(
-            name, help=item.summary, description=item.run.__doc__, epilog=epilog
+            name, help=item.summary, description=description, epilog=epilog
         )
         for names, settings in item.arguments:
             subparser.add_argument(*names.split(), **settings)
@@ -20893,13 +20669,9 @@ def open_standard_streams() -> None:
     What the terminal has no letters for is shown as escapes.
     """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
         if getattr(sys, name) is None:
-            mode = "w" if fd else "r"
-            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8"))
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", encoding="utf-8"))
     if sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -20912,7 +20684,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = make_parser().parse_args(words)
         if options.version:
-            tell(*version_text().split("\n"))
+            print_version()
             return 0
         if options.run is None:
             options.help_of.print_help()

@@ -109,8 +109,9 @@ def test_every_verb_has_help_with_an_example(verb: gw.Verb, capsys: Any) -> None
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"example: aiclient-api {verb.words}" in shown
-    first = " ".join((verb.run.__doc__ or "").split(".")[0].split())
-    assert first and first in shown
+    description = verb.run.__doc__ or verb.summary[1:]
+    first = " ".join(description.split(".")[0].split())
+    assert first and shown.count(first) == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
@@ -701,7 +702,7 @@ def test_a_service_is_not_installed_beside_a_running_gateway(running: Machine) -
 
 def completed(*words: str) -> set[str]:
     """What bash offers behind these words."""
-    script = gw.write_bash(list(gw.completion_words()))
+    script = gw.write_bash(gw.completion_words())
     line = " ".join(f"'{word}'" for word in ("aiclient-api", *words))
     script += f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _aiclient_api\n"
     script += 'printf "%s\\n" "${COMPREPLY[@]}"\n'

@@ -154,8 +154,8 @@ def test_the_example_of_every_verb_works(machine: Machine, verb: gw.Verb) -> Non
     machine.config_file.write_text(HOSTED + "[server]\nport = 0\n[limits.providers.work]\n")
     words = shlex.split(verb.example.partition(" > ")[0])
     gw.make_parser().parse_args(words)
-    needs = {"auth copilot", "auth kiro", "auth import", "doctor", "service install",
-             "service uninstall"}  # fmt: skip
+    needs = {"auth copilot", "auth kiro", "auth import", "service install", "service uninstall",
+             "doctor"}  # fmt: skip
     if verb.words in needs or "--follow" in words:
         return
     if verb.words == "auth revoke":
