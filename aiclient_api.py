@@ -7703,7 +7703,7 @@ class OutputFilter:
             if not match and is_open and not is_last:
                 self.held_text = text
                 return []
-            self.closing = closing if match else ""
+            self.closing, self.held_text = closing if match else "", ""
             text = text[match.end() :] if match else text
             if text and not match and self.kind == "text" and text[0] not in '{["':
                 self.kind = "prose"

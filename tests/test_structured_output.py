@@ -409,6 +409,13 @@ def test_a_value_is_taken_out_of_its_wrapper(value: Any, indent: int | None) -> 
             assert json.loads(filtered("tool", text, schema, rng)) == value
 
 
+@pytest.mark.parametrize("text", ["{}", "[1, 2]", json.dumps({"other": "x" * 200})])
+def test_an_input_without_the_wrapper_stays(text: str) -> None:
+    rng = random.Random(7)
+    for _ in range(50):
+        assert filtered("tool", text, {"type": "array"}, rng) == text
+
+
 @pytest.mark.parametrize("text", ["\n" * 200_000, "```" + "`" * 200_000, "}" * 200_000])
 def test_text_without_an_end_costs_linear_time_and_little_memory(text: str) -> None:
     assert len(filtered("text", f"```\n{text}", SCHEMA, random.Random(7))) <= len(text) + 4
