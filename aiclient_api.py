@@ -3497,10 +3497,11 @@ def read_initiator(entries: list[Json]) -> str:
             continue
         if role != "user":
             return "agent"
-        kinds = [get_text(part, "type") for part in get_dicts(entry, "content")]
-        texts = [get_text(part, "text") for part in get_dicts(entry, "content")]
-        is_result = "tool_result" in kinds and all(map(is_reminder, filter(str.strip, texts)))
-        return "agent" if is_result else "user"
+        parts = get_dicts(entry, "content")
+        if not any(part.get("type") == "tool_result" for part in parts):
+            return "user"
+        texts = (get_text(part, "text") for part in parts)
+        return "agent" if all(map(is_reminder, filter(str.strip, texts))) else "user"
     return "user"
 
 
@@ -9636,10 +9637,10 @@ FILE_PARTS = {"file", "document", "input_file"}
 
 
 def foreign_parts(body: Json, dialect: str) -> set[str]:
-    """The types of the parts of a chat body that no chat upstream knows."""
+    """The types of the parts of a checked chat body that no chat upstream knows."""
     if dialect != "chat":
         return set()
-    kinds = {str(part.get("type")) for part in parts_of(message_list(body))}
+    kinds = {str(part.get("type")) for part in parts_of(body["messages"])}
     return kinds.difference(CHAT_PARTS)
 
 
@@ -17982,8 +17983,8 @@ class Exchange:
     def upstream_dialect(self) -> UpstreamDialect:
         """The client's own dialect if the model speaks it, otherwise the least lossy one."""
         order = DIALECT_ORDER[self.client_dialect.name]
-        parts = foreign_parts(self.body, self.client_dialect.name)
-        if not self.model.files and FILE_PARTS & parts:
+        has_choice = len(self.model.dialects) > 1 and not self.model.files
+        if has_choice and FILE_PARTS & foreign_parts(self.body, self.client_dialect.name):
             order = (*order[1:], "chat")
         for name in order:
             if name in self.model.dialects:

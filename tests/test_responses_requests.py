@@ -438,6 +438,7 @@ def answered_call(chat: Conversation, name: str, arguments: str) -> Json:
         gw.BlockStart("tool", "c9", terms.names.get(name, name)),
         gw.BlockDelta("arguments", arguments),
         gw.BlockStop(),
+        gw.MessageStop("tool"),
     ]
     frames = [frame for event in events for frame in writer.write(event)]
     (item,) = [f["item"] for f in frames if f["type"] == "response.output_item.done"]
@@ -526,7 +527,7 @@ def test_a_thought_comes_back_to_its_maker_byte_by_byte() -> None:
     """Case 50: summary parts and encrypted content of R, carried by a client of A."""
     issued = Issued()
     sealed = issued.seal([])
-    terms = gw.ResponseContext("msg_1", 0, "m")
+    terms = gw.ResponseContext("msg_1", 0, "m", request_body={"thinking": {"type": "adaptive"}})
     reader, writer = RESPONSES.reader(terms), MESSAGES.writer(terms)
     item = reasoning(sealed, "a \n", "\tb", id="rs_1")
     frames: list[Json] = [
@@ -1492,7 +1493,8 @@ def carried(**fields: Any) -> Json:
 def written_thoughts(*events: Any) -> list[Json]:
     """The items that a caller of R gets for an answer's thoughts."""
     writer = RESPONSES.writer(gw.ResponseContext("resp_1", 0, "m"))
-    frames = [f for e in (gw.MessageStart("x", "m"), *events) for f in writer.write(e)]
+    events = (gw.MessageStart("x", "m"), *events, gw.MessageStop("end"))
+    frames = [frame for event in events for frame in writer.write(event)]
     return [dict(f["item"]) for f in frames if f["type"] == "response.output_item.done"]
 
 
