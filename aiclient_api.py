@@ -8726,7 +8726,7 @@ def normalize_messages(draft: BodyDraft) -> None:
     Claude accepts system messages from version 4.8 on, between a user's and an assistant's
     message or at the end; others become reminders.
     """
-    turns = []
+    turns: list[Turn] = []
     for path, message in dict_items(draft.body, "messages"):
         blocks = read_native_content(message.get("content"), f"{path}.content")
         turns.append(Turn(need_str(message, "role", path), blocks))
@@ -9013,13 +9013,23 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
     """Messages with known fields, calls and results in the order that every vendor demands."""
     model = draft.model
     rows = dict_items(draft.body, "messages")
-    turns = [read_native_message(message, path, model) for path, message in rows]
+    turns: list[Turn] = []
+    for path, message in rows:
+        add_turn(turns, read_native_message(message, path, model))
     messages = write_native_messages(normalize_turns(turns))
     if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
     if model.vendor == "Anthropic":
         set_chat_cache_breakpoints(messages, is_multi_turn(draft.body))
     draft.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
+
+
+def add_turn(turns: list[Turn], turn: Turn) -> None:
+    """Adds a turn, to the last one if that is of its role."""
+    if turns and turns[-1].role == turn.role:
+        turns[-1].blocks += turn.blocks
+    elif turn.blocks:
+        turns.append(turn)
 
 
 def read_native_message(message: Json, path: str, model: Model) -> Turn:
@@ -9249,11 +9259,11 @@ def adapt_items(draft: BodyDraft) -> None:
     """Items without the ids that Copilot issues and then refuses, each call with its output."""
     if not isinstance(draft.body["input"], list):
         return
-    turns = []
+    turns: list[Turn] = []
     for index, item in enumerate(draft.body["input"]):
         adapted = adapt_item(without_nulls(item), f"input.{index}", draft.dropped)
         if adapted:
-            turns.append(read_native_item(adapted))
+            add_turn(turns, read_native_item(adapted))
     items = write_native_items(normalize_turns(turns, MAX_NATIVE_ID_LENGTH))
     if not items:
         raise InvalidRequest("input: the conversation says nothing.", param="input")
