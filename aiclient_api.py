@@ -82,6 +82,7 @@ Files read and written
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
     by `auth import` only: the places of IMPORTS, like ~/.config/github-copilot, ~/.aws/sso/cache
         and kiro-cli's database; an imported Kiro sign-in is refreshed at its source as well
+    by `doctor` only: the settings of known clients, CLIENTS
 """
 
 from __future__ import annotations
@@ -4358,7 +4359,7 @@ class ChatCalls:
 
     calls: dict[CallKey, StreamedCall]  #: the caller adds the call of each key that it gets
     keys: dict[tuple[int, int | str], CallKey] = field(default_factory=dict)  #: by index, or id
-    ids: dict[CallKey, str] = field(default_factory=dict)  #: as the upstream told them
+    ids: dict[CallKey, str] = field(default_factory=dict)  #: as the upstream sent them
 
     def read(self, choice: Json, fragment: Json, position: int) -> tuple[CallKey, str, str, str]:
         """(key, id, name, arguments) of a fragment, "" for what is missing or a repetition.
@@ -5398,7 +5399,7 @@ FROM_DELTA = {
 }
 
 
-def unfold_message(message: Json) -> list[Json]:
+def expand_message(message: Json) -> list[Json]:
     """The frames of a whole message but the last; those of its stop only if it has one.
 
     Text and tool input come as deltas: clients do not read them from the first frame.
@@ -5429,7 +5430,7 @@ def unfold_message(message: Json) -> list[Json]:
 
 
 class MessagesFraming(SseReader):
-    """Drops a repeated `message_start`, and unfolds one that already holds the message.
+    """Drops a repeated `message_start`, and expands one that already holds the message.
 
     The latter is sent where tools are called from code (seen in 2026-11).
     """
@@ -5437,14 +5438,14 @@ class MessagesFraming(SseReader):
     message_id: str | None = None
 
     def frames(self, blocks: bytes) -> list[Json]:
-        return [part for frame in super().frames(blocks) for part in self.unfold(frame)]
+        return [part for frame in super().frames(blocks) for part in self.expand_start(frame)]
 
-    def unfold(self, frame: Json) -> list[Json]:
+    def expand_start(self, frame: Json) -> list[Json]:
         message = get_dict(frame, "message")
         if frame.get("type") == "message_start" and self.message_id is None:
             self.message_id = get_text(message, "id")
             is_whole = message.get("content") or message.get("stop_reason")
-            return unfold_message(message) if is_whole else [frame]
+            return expand_message(message) if is_whole else [frame]
         is_repeated = frame.get("type") == "message_start" and message.get("id") == self.message_id
         return [] if is_repeated else [frame]
 
@@ -5779,7 +5780,7 @@ class MessagesDialect(Dialect):
         )
 
     def expand(self, response: Json) -> list[Json]:
-        return [*unfold_message(response), {"type": "message_stop"}]
+        return [*expand_message(response), {"type": "message_stop"}]
 
     def read_delta(self, frame: Json) -> Delta | None:
         delta = get_dict(frame, "delta")
@@ -7435,7 +7436,7 @@ class KiroReader:
         self.context_used = 0.0  # percentage of the context that is used
         self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
         self.thinking_source = ""  # of the thinking shown: tags or events
-        self.untold = BlockAssembler("")  # thinking in events that tags told before: not shown
+        self.hidden_blocks = BlockAssembler("")  # thinking in events, shown before as tags
         self.reason = ""
         self.started = False
         self.finished = False
@@ -7465,7 +7466,7 @@ class KiroReader:
         for kind, piece in pieces:
             if kind == "thinking" and not self.thinking_source:
                 self.thinking_source = "tags"
-                self.untold.signature, self.blocks.signature = self.blocks.signature, []
+                self.hidden_blocks.signature, self.blocks.signature = self.blocks.signature, []
             if kind == "text" or self.thinking_source == "tags":
                 self.blocks.add_text(kind, piece)
 
@@ -7475,7 +7476,7 @@ class KiroReader:
         redacted, text = get_text(payload, "redactedContent"), get_text(payload, "text")
         if redacted:
             self.blocks.add_text("redacted", redacted)
-        blocks = self.untold if self.thinking_source == "tags" else self.blocks
+        blocks = self.hidden_blocks if self.thinking_source == "tags" else self.blocks
         if text:
             if blocks.signature and blocks.kind == "thinking":
                 blocks.close()  # what follows a signature is not under it
@@ -7571,7 +7572,7 @@ class KiroReader:
                 call.complete and call.name and (call.is_blank or is_object_complete)
             )
         blocks.end()
-        thoughts = self.untold if self.thinking_source == "tags" else blocks
+        thoughts = self.hidden_blocks if self.thinking_source == "tags" else blocks
         thoughts.close()
         if thoughts.signature and thoughts.unsigned and not self.hidden:  # it came late
             thoughts.signed_thinking = thoughts.unsigned, "".join(thoughts.signature)
@@ -9010,7 +9011,10 @@ def adapt_chat_fields(draft: BodyDraft) -> None:
 
 
 def adapt_chat_messages(draft: BodyDraft) -> None:
-    """Messages with known fields, calls and results in the order that every vendor demands."""
+    """Messages with known fields, calls and results in the order that every vendor demands.
+
+    For GPT, too, whose service would refuse what is repaired here.
+    """
     model = draft.model
     rows = dict_items(draft.body, "messages")
     turns: list[Turn] = []
